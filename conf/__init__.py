@@ -1,0 +1,1 @@
+"""Settings of Shoal: typed dataclasses (`schema`), YAML groups, and their loader (`loading`)."""

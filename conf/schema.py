@@ -1,0 +1,264 @@
+"""Every setting of Shoal with its type, meaning, unit and default. This is the one home of defaults.
+
+YAML files in this folder hold only what differs. Nothing here may import more than the standard library.
+0, "" or an empty mapping means "off" or "decide for me" only where a field says so.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixEntry:
+    """One environment of a mix."""
+
+    id: str
+    """A registered id, or "module:Id-v0"."""
+    weight: float = 1.0
+    """Share of the tasks, relative to the other entries; > 0."""
+    level: int = 0
+    """Difficulty, 0 to 9."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Constructor arguments of the environment."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnvConfig:
+    """Where tasks come from."""
+
+    name: str = "calculator"
+    """Short name for metrics, run names and warm-start weights."""
+    id: str = "Calculator-v0"
+    """A registered id, or "module:Id-v0". Unused where `mix` is set."""
+    level: int = 0
+    """Difficulty, 0 to 9."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Constructor arguments of the environment, e.g. latency_median_s."""
+    mix: dict[str, MixEntry] = field(default_factory=dict)
+    """Name -> entry; empty = the one environment above."""
+    tool_cost: float = 0.0
+    """Learner-side cost of each tool call beyond the fewest among the group's correct trajectories. Taken only from
+    correct trajectories, never enough to make one worth less than a wrong one. 0 = off."""
+    # --- advanced ---
+    reset_timeout_s: float = 30.0
+    step_timeout_s: float = 30.0
+    """Deadline of one environment step, its tool calls included."""
+    reward_timeout_s: float = 60.0
+    """Deadline of the reward, which may be slow (an HTTP judge)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyConfig:
+    """Which model is trained and how messages become its tokens."""
+
+    kind: str = "hybrid"
+    """"hybrid" (ours) | "hf" (a transformers checkpoint folder)."""
+    preset: str = "tiny_hybrid"
+    """Name in policy.hybrid.PRESETS; used by kind "hybrid"."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Fields of policy.hybrid.HybridConfig that differ from the preset."""
+    path: str = ""
+    """Checkpoint folder for kind "hf"."""
+    init: str = "auto"
+    """"auto" (shipped warm start for this preset and env) | "random" | a .safetensors file or checkpoint folder."""
+    dialect: str = "tiny"
+    """"tiny" | "qwen3_5" | "chat_template" (the tokenizer's own)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """The token generator inside each rollout worker."""
+
+    kind: str = "local"
+    """"local" (continuous batching in plain PyTorch)."""
+    max_running: int = 128
+    """Requests decoded together."""
+    max_sessions: int = 256
+    """Conversations whose state is kept, running ones included."""
+    max_model_tokens: int = 256
+    """Most tokens of a conversation, prompt and completions together."""
+    threads: int = 1
+    """Torch threads of a worker."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutConfig:
+    """How trajectories are made."""
+
+    max_staleness: int = 2
+    """S, in optimizer steps: no trained token is sampled by weights older than this. 0 = synchronous."""
+    groups_per_step: int = 12
+    """P, groups of one optimizer step."""
+    group_size: int = 16
+    """G, trajectories of one task; >= 2."""
+    workers: int = 1
+    env_pools: int = 1
+    lock: str = "turn"
+    """"none" | "turn" | "trajectory" | "group": what must end before a worker swaps weights."""
+    cache_policy: str = "recompute"
+    """"keep" | "recompute": kept model state when weights are swapped."""
+    temperature: float = 1.0
+    max_turn_tokens: int = 64
+    """Most tokens the policy samples in one turn."""
+    max_turns: int = 0
+    """Most turns of an episode; 0 = the environment's own limit."""
+    # --- advanced ---
+    episode_deadline_s: float = 120.0
+    max_attempts: int = 5
+    """Leases of one group before it is dropped with reason "attempts"."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """How gradients become weights."""
+
+    name: str = "adamw"
+    """"adamw" or an import path "module:function" (params, config) -> torch optimizer."""
+    lr: float = 4e-4
+    warmup_steps: int = 10
+    weight_decay: float = 0.0
+    """Never applied to A_log, dt_bias, conv1d, norms and biases."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 = off."""
+    schedule: str = "constant"
+    """"constant" | "cosine" (to 10% of lr at the last step)."""
+    max_skipped_steps: int = 5
+    """Updates in a row with non-finite gradients before the run stops."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """What is minimised. Formulas: rl/advantage.py and rl/loss.py."""
+
+    advantage: str = "grpo"
+    """"grpo" | "dr_grpo" or an import path "module:function"."""
+    name: str = "clipped"
+    """"clipped" | "gspo" or an import path "module:function"."""
+    normalise: str = "token"
+    """"token" (all sampled tokens of the step) | "sequence" (mean of per-trajectory means) | "horizon" (Dr. GRPO)."""
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    tis_cap: float = 2.0
+    """Truncated importance weight of the proximal against the rollout policy; 0 = off (weight 1)."""
+    entropy_bonus: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LearnerConfig:
+    """How the weights are updated and published."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    updates_per_step: int = 1
+    """Optimizer updates over one step's groups; policy_version grows by this much a step."""
+    micro_batch_tokens: int = 8192
+    """Token budget of one forward and backward."""
+    publish_every: int = 1
+    """k: optimizer steps between pushes of weights; at most max_staleness + 1."""
+    threads: int = 1
+    """Torch threads of the learner."""
+    self_check_tolerance: float = 0.0
+    """Largest |learner - rollout logprob| of the first batch; 0 = the engine's declared tolerance."""
+    step_timeout_s: float = 600.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """Held-out evaluation: tasks disjoint from training by content, one policy version per evaluation."""
+
+    every: int = 20
+    """Learner steps between evaluations; 0 = only before and after."""
+    tasks: int = 200
+    """Held-out tasks of an evaluation during training."""
+    final_tasks: int = 1000
+    """Held-out tasks before the first and after the last step."""
+    temperature: float = 1.0
+    """As in training by default, so that no handicap flatters the curve."""
+    seed: int = 0
+    """Seed of the held-out set; the same for every run, so that runs compare."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterConfig:
+    """Where actors run."""
+
+    kind: str = "ray"
+    """"ray" | "inprocess" (same classes in one process; breakpoints work)."""
+    address: str = "local"
+    """"local" starts a private Ray on this machine; else the address of a cluster."""
+    num_cpus: int = 0
+    """CPUs Ray may use on this machine; 0 = as many as actors ask for."""
+    start_timeout_s: float = 180.0
+    heartbeat_s: float = 2.0
+    """Interval of worker heartbeats; a worker silent for 10 of them is killed and its groups are leased again."""
+    stall_timeout_s: float = 300.0
+    """Longest time without a learner step or a finished group before the run stops and says who waits for whom."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MonitorConfig:
+    """What a run shows and leaves."""
+
+    progress: bool = True
+    """A live line on the terminal."""
+    wandb: str = "offline"
+    """"offline" | "online" (needs a key, never prompts) | "disabled"."""
+    wandb_project: str = "shoal"
+    log_every: int = 1
+    """Learner steps between lines of plain output where there is no terminal."""
+    transcript: bool = True
+    """Print one task before and after training."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """The run's folder and what is kept in it."""
+
+    root: str = "runs"
+    name: str = ""
+    """Folder under root; "" = <utc>-<env>-<policy>-<hex>."""
+    checkpoint_every: int = 25
+    """Learner steps between checkpoints; the last step and an interruption always make one."""
+    keep_checkpoints: int = 3
+    debug_failpoint: str = ""
+    """Tests only: "<phase>:<count>" makes a worker kill itself with SIGKILL at the count-th time it enters the phase
+    (reset | sample | tool | commit | swap). "" = off."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SftConfig:
+    """Warm start on demonstrations (`shoal sft`)."""
+
+    steps: int = 420
+    batch_size: int = 64
+    """Demonstrations of one step."""
+    lr: float = 2e-3
+    warmup_steps: int = 30
+    noise: bool = True
+    """Use the environment's noisy demonstrations; false = the oracle's."""
+    output: str = ""
+    """Where the weights go; "" = a run folder."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """A whole run."""
+
+    seed: int = 1
+    steps: int = 90
+    """Optimizer steps (learner steps) of the run."""
+    dry_run: bool = False
+    """Validate, print the resolved config, start nothing."""
+    env: EnvConfig = field(default_factory=EnvConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    sft: SftConfig = field(default_factory=SftConfig)

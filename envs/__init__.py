@@ -1,0 +1,1 @@
+"""Environments speak messages: the `AgentEnv` contract, tools, registry, and the pool that hosts them."""

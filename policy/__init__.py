@@ -1,0 +1,1 @@
+"""Policies speak tokens: the hybrid model, its weights, and the engines that sample from it."""
