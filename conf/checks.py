@@ -1,0 +1,308 @@
+"""What a well-formed config may still not say: values out of range, impossible combinations, settings without effect.
+
+Ranges and choices are tables, combinations are one function. Everything raises `ConfigError`, whose message names the
+key, the value and what would be right. Standard library only.
+"""
+
+import netrc
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass
+from difflib import SequenceMatcher
+from importlib.util import find_spec
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from conf.schema import ClusterConfig, EnvConfig, EvaluationConfig, MonitorConfig, PolicyConfig, TrainConfig
+
+
+class ConfigError(ValueError):
+    """Raised for whatever a user typed wrong in a config. The message is one line and names the key."""
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "policy.kind": ("hybrid", "hf"),
+    "policy.dialect": ("tiny", "qwen3_5", "chat_template"),
+    "engine.kind": ("local",),
+    "rollout.lock": ("none", "turn", "trajectory", "group"),
+    "rollout.cache_policy": ("keep", "recompute"),
+    "learner.optimizer.schedule": ("constant", "cosine"),
+    "learner.loss.normalise": ("token", "sequence", "horizon"),
+    "cluster.kind": ("ray", "inprocess"),
+    "monitor.wandb": ("offline", "online", "disabled"),
+}
+CHOICES_OR_IMPORT: dict[str, tuple[str, ...]] = {
+    "learner.optimizer.name": ("adamw",),
+    "learner.loss.advantage": ("grpo", "dr_grpo"),
+    "learner.loss.name": ("clipped", "gspo"),
+}
+"""One of these names, or "module:function" of the user's own."""
+
+RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**31 - 1),
+    "steps": (1, inf),
+    "env.level": (0, 9),
+    "env.tool_cost": (0, inf),
+    "engine.max_running": (1, inf),
+    "engine.max_sessions": (1, inf),
+    "engine.max_model_tokens": (2, inf),
+    "engine.threads": (1, inf),
+    "rollout.max_staleness": (0, inf),
+    "rollout.groups_per_step": (1, inf),
+    "rollout.group_size": (2, inf),
+    "rollout.workers": (1, inf),
+    "rollout.env_pools": (1, inf),
+    "rollout.max_turn_tokens": (1, inf),
+    "rollout.max_turns": (0, inf),
+    "rollout.max_attempts": (1, inf),
+    "learner.optimizer.warmup_steps": (0, inf),
+    "learner.optimizer.weight_decay": (0, inf),
+    "learner.optimizer.grad_clip": (0, inf),
+    "learner.optimizer.max_skipped_steps": (0, inf),
+    "learner.loss.clip_low": (0, 1),
+    "learner.loss.clip_high": (0, inf),
+    "learner.loss.tis_cap": (0, inf),
+    "learner.loss.entropy_bonus": (0, inf),
+    "learner.updates_per_step": (1, inf),
+    "learner.micro_batch_tokens": (1, inf),
+    "learner.publish_every": (1, inf),
+    "learner.threads": (1, inf),
+    "learner.self_check_tolerance": (0, inf),
+    "evaluation.every": (0, inf),
+    "evaluation.tasks": (1, inf),
+    "evaluation.final_tasks": (1, inf),
+    "evaluation.temperature": (0, inf),
+    "evaluation.seed": (0, 2**31 - 1),
+    "cluster.num_cpus": (0, inf),
+    "monitor.log_every": (1, inf),
+    "run.checkpoint_every": (1, inf),
+    "run.keep_checkpoints": (1, inf),
+    "sft.steps": (1, inf),
+    "sft.batch_size": (1, inf),
+    "sft.warmup_steps": (0, inf),
+}
+"""Lowest and highest allowed value, both included."""
+
+POSITIVE = (
+    "rollout.temperature",
+    "rollout.episode_deadline_s",
+    "env.reset_timeout_s",
+    "env.step_timeout_s",
+    "env.reward_timeout_s",
+    "learner.optimizer.lr",
+    "learner.optimizer.eps",
+    "learner.step_timeout_s",
+    "cluster.start_timeout_s",
+    "cluster.heartbeat_s",
+    "cluster.stall_timeout_s",
+    "sft.lr",
+)
+FRACTIONS = ("learner.optimizer.beta1", "learner.optimizer.beta2")
+"""At least 0, less than 1."""
+
+ENV_ID = re.compile(r"([A-Za-z_][\w.]*:)?[\w-]+-v\d+")
+IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+FOLDER_NAME = re.compile(r"\w[\w.-]*")
+FAILPOINT_PHASES = ("reset", "sample", "tool", "commit", "swap")
+
+
+def nearest(word: str, options: Iterable[str], cutoff: float = 0.7) -> str:
+    """ " Did you mean 'x'?" or nothing. The last part of a dotted key decides, its section breaks ties.
+
+    Example: nearest("rollout.max_stalenes", ["rollout.max_staleness"]) -> " Did you mean 'rollout.max_staleness'?"
+    """
+    section, _, last = word.rpartition(".")
+    scored = []
+    for option in options:
+        option_section, _, option_last = option.rpartition(".")
+        likeness = SequenceMatcher(None, last.lower(), option_last.lower()).ratio()
+        if likeness >= cutoff:
+            scored.append((likeness + SequenceMatcher(None, section, option_section).ratio() / 2, option))
+    return f" Did you mean {max(scored, key=lambda pair: pair[0])[1]!r}?" if scored else ""
+
+
+def lookup(config: Any, key: str) -> Any:
+    """Example: lookup(TrainConfig(), "rollout.group_size") -> 16"""
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def leaf_keys(config: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all settings that are not themselves sections."""
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if is_dataclass(value):
+            yield from leaf_keys(value, f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name
+
+
+def check_config(config: TrainConfig) -> None:
+    """Raise `ConfigError` at the first value or combination that cannot be meant. Looks at nothing but the config."""
+    _check_choices(config)
+    _check_numbers(config)
+    _check_names(config)
+    for problem in _combination_problems(config):
+        raise ConfigError(problem)
+
+
+def _check_choices(config: TrainConfig) -> None:
+    for key, options in CHOICES.items():
+        value = lookup(config, key)
+        if value not in options:
+            raise ConfigError(f"{key}={value!r} is unknown.{nearest(value, options)} Allowed: {', '.join(options)}")
+    for key, options in CHOICES_OR_IMPORT.items():
+        value = lookup(config, key)
+        if value in options:
+            continue
+        if not IMPORT_PATH.fullmatch(value):
+            hint = f"{nearest(value, options)} Allowed: {', '.join(options)} or module:function"
+            raise ConfigError(f"{key}={value!r} is unknown.{hint}")
+        _check_importable(key, value)
+
+
+def _check_importable(key: str, value: str) -> None:
+    package = value.split(":")[0].split(".")[0]
+    if find_spec(package) is None:
+        raise ConfigError(f"{key}={value!r}: no module named {package!r} can be imported from here")
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    for key, (low, high) in RANGES.items():
+        value = lookup(config, key)
+        if not low <= value <= high:
+            allowed = f"at least {low}" if high == inf else f"{low} to {high}"
+            raise ConfigError(f"{key}={value} is out of range: must be {allowed}")
+    for key in POSITIVE:
+        if lookup(config, key) <= 0:
+            raise ConfigError(f"{key}={lookup(config, key)} is out of range: must be more than 0")
+    for key in FRACTIONS:
+        if not 0 <= lookup(config, key) < 1:
+            raise ConfigError(f"{key}={lookup(config, key)} is out of range: must be at least 0 and less than 1")
+    for name, entry in config.env.mix.items():
+        if entry.weight <= 0:
+            raise ConfigError(f"env.mix.{name}.weight={entry.weight} is out of range: must be more than 0")
+        if not 0 <= entry.level <= 9:
+            raise ConfigError(f"env.mix.{name}.level={entry.level} is out of range: must be 0 to 9")
+
+
+def _check_names(config: TrainConfig) -> None:
+    for key, name in [("env.name", config.env.name), *(("env.mix", name) for name in config.env.mix)]:
+        if not FOLDER_NAME.fullmatch(name):
+            raise ConfigError(f"{key}: the name {name!r} may hold letters, digits, '_', '.' and '-' only")
+    if config.run.name and not FOLDER_NAME.fullmatch(config.run.name):
+        raise ConfigError(f"run.name={config.run.name!r} may hold letters, digits, '_', '.' and '-' only")
+    ids = {f"env.mix.{name}.id": entry.id for name, entry in config.env.mix.items()} or {"env.id": config.env.id}
+    for key, value in ids.items():
+        if not value:
+            raise ConfigError(f"{key} is missing: give an id such as Calculator-v0 or module:MyEnv-v0")
+        if not ENV_ID.fullmatch(value):
+            raise ConfigError(f"{key}={value!r} is no environment id: write Name-v0 or module:Name-v0")
+        if ":" in value:
+            _check_importable(key, value)
+
+
+def _combination_problems(config: TrainConfig) -> Iterator[str]:
+    """Each pair or triple of settings that cannot be meant together, as a sentence."""
+    policy, engine, rollout = config.policy, config.engine, config.rollout
+    learner, cluster = config.learner, config.cluster
+    if learner.publish_every > rollout.max_staleness + 1:
+        yield (
+            f"learner.publish_every={learner.publish_every} would deadlock: workers may only run "
+            f"{rollout.max_staleness} steps behind, so weights must be pushed at least every "
+            f"rollout.max_staleness + 1 = {rollout.max_staleness + 1} steps"
+        )
+    if learner.updates_per_step > rollout.groups_per_step:
+        yield (
+            f"learner.updates_per_step={learner.updates_per_step} needs at least as many groups a step, "
+            f"and rollout.groups_per_step={rollout.groups_per_step}"
+        )
+    if engine.max_sessions < engine.max_running:
+        yield (
+            f"engine.max_sessions={engine.max_sessions} must be at least engine.max_running={engine.max_running}: "
+            "running conversations count"
+        )
+    if rollout.max_turn_tokens >= engine.max_model_tokens:
+        yield (
+            f"rollout.max_turn_tokens={rollout.max_turn_tokens} leaves no room for a prompt: "
+            f"it must be less than engine.max_model_tokens={engine.max_model_tokens}"
+        )
+    if engine.max_model_tokens > learner.micro_batch_tokens:
+        yield (
+            f"engine.max_model_tokens={engine.max_model_tokens} must be at most "
+            f"learner.micro_batch_tokens={learner.micro_batch_tokens}: the longest trajectory is trained in one piece"
+        )
+    if cluster.stall_timeout_s <= rollout.episode_deadline_s:
+        yield (
+            f"cluster.stall_timeout_s={cluster.stall_timeout_s} must be more than "
+            f"rollout.episode_deadline_s={rollout.episode_deadline_s}: a slow episode would pass for a stall"
+        )
+    if policy.kind == "hf" and not policy.path:
+        yield "policy.kind=hf needs policy.path=DIR, a transformers checkpoint folder"
+    if policy.kind == "hf" and policy.dialect == "tiny":
+        yield "policy.dialect=tiny needs policy.kind=hybrid: a transformers checkpoint needs chat_template or qwen3_5"
+    if policy.kind == "hybrid" and policy.dialect == "chat_template":
+        yield "policy.dialect=chat_template needs policy.kind=hf: the hybrid model brings no chat template"
+    yield from _without_effect(config)
+    if config.run.debug_failpoint:
+        phase, _, count = config.run.debug_failpoint.partition(":")
+        if phase not in FAILPOINT_PHASES or not count.isdecimal() or int(count) < 1:
+            yield (
+                f"run.debug_failpoint={config.run.debug_failpoint!r} must be <phase>:<count>, "
+                f"phase one of {', '.join(FAILPOINT_PHASES)}, count at least 1"
+            )
+
+
+def _without_effect(config: TrainConfig) -> Iterator[str]:
+    """Settings that differ from their default although another setting switches them off.
+
+    Not refused: rollout.lock with max_staleness=0, so that a synchronous and an asynchronous run differ in one word.
+    """
+    for off, section, defaults, names, why in (
+        (bool(config.env.mix), "env", EnvConfig(), ("id", "level", "kwargs"), "env.mix is set: set it on its entries"),
+        (config.policy.kind == "hf", "policy", PolicyConfig(), ("preset", "overrides"), "policy.kind=hf"),
+        (config.policy.kind == "hybrid", "policy", PolicyConfig(), ("path",), "policy.kind=hybrid"),
+        (config.evaluation.every == 0, "evaluation", EvaluationConfig(), ("tasks",), "evaluation.every=0"),
+        (
+            config.cluster.kind == "inprocess",
+            "cluster",
+            ClusterConfig(),
+            ("address", "num_cpus"),
+            "cluster.kind=inprocess",
+        ),
+        (config.cluster.address != "local", "cluster", ClusterConfig(), ("num_cpus",), "cluster.address is not local"),
+        (config.monitor.wandb == "disabled", "monitor", MonitorConfig(), ("wandb_project",), "monitor.wandb=disabled"),
+    ):
+        for name in names:
+            value = getattr(getattr(config, section), name)
+            if off and value != getattr(defaults, name):
+                yield f"{section}.{name}={value!r} has no effect: {why}"
+
+
+def check_machine(config: TrainConfig) -> None:
+    """Raise `ConfigError` where this machine lacks what the config names: a checkpoint folder, weights, a wandb key."""
+    policy = config.policy
+    if policy.kind == "hf" and not Path(policy.path, "config.json").is_file():
+        raise ConfigError(f"policy.path={policy.path!r} is no transformers checkpoint folder: it holds no config.json")
+    if policy.init not in ("auto", "random") and not Path(policy.init).exists():
+        raise ConfigError(f"policy.init={policy.init!r}: no such file. Allowed: auto, random, or weights on disk")
+    if config.monitor.wandb == "online" and not _has_wandb_key():
+        raise ConfigError(
+            "monitor.wandb='online' needs a key and none was found: run `wandb login` or set WANDB_API_KEY, "
+            "or choose monitor.wandb=offline and upload later with `wandb sync`"
+        )
+
+
+def _has_wandb_key() -> bool:
+    """Presence only; the key itself is never read."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        hosts = netrc.netrc(path).hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return any("wandb" in host or host in os.environ.get("WANDB_BASE_URL", "") for host in hosts if host != "default")
