@@ -112,7 +112,7 @@ class SlotGate:
         """
         self._untrained += num_groups
 
-    def consumed(self, group_id: str, *, at_version: int) -> None:
+    def consumed(self, group_id: str, at_version: int) -> None:
         """The learner at `at_version` trains on the group; the slot waits for a newer version."""
         if group_id in self._consumed or not self._untrained:
             raise ValueError(f"group {group_id!r} holds no slot that could be consumed")
