@@ -1,0 +1,65 @@
+"""Ray at the edge of learning: a thin actor around `LearnerService` and its client."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from conf.schema import TrainConfig
+from rollout.actors import answer, log_to_file
+from rollout.trajectory import TrajectoryGroup
+
+if TYPE_CHECKING:
+    from policy.weight_store import PolicySnapshot
+    from rl.report import LearnerReport
+
+
+class LearnerActor:
+    """A `LearnerService` in a process of its own. Made by `rl.cluster`."""
+
+    def __init__(self, config: TrainConfig, log_folder: str) -> None:
+        from rl.learner_service import LearnerService
+
+        log_to_file(log_folder, "learner")
+        self._service = LearnerService(config)
+        self._keep = config.run.keep_checkpoints
+
+    def ready(self) -> bool:
+        return True
+
+    def step(self, groups: Sequence[TrajectoryGroup]) -> "LearnerReport":
+        return self._service.step(groups)
+
+    def snapshot(self) -> "PolicySnapshot":
+        return self._service.snapshot()
+
+    def save(self, folder: str, step: int, state: dict[str, Any]) -> str:
+        return self._service.save(folder, step, state, self._keep)
+
+    def restore(self, path: str) -> int:
+        return self._service.restore(path)
+
+
+class RayLearner:
+    """A `LearnerClient` over an actor. A snapshot is an object reference: weights never pass the driver."""
+
+    def __init__(self, actor: Any, *, deadline_s: float) -> None:
+        self._actor = actor
+        self._deadline_s = deadline_s
+
+    async def _call(self, method: str, *args: Any) -> Any:
+        call = getattr(self._actor, method).remote(*args)
+        return await answer(call, who="the learner", deadline_s=self._deadline_s)
+
+    async def step(self, groups: Sequence[TrajectoryGroup]) -> "LearnerReport":
+        return await self._call("step", list(groups))
+
+    async def snapshot(self) -> object:
+        return self._actor.snapshot.remote()
+
+    async def save(self, folder: str, step: int, state: dict[str, Any]) -> str:
+        return await self._call("save", folder, step, state)
+
+    async def restore(self, path: str) -> int:
+        return await self._call("restore", path)
+
+    async def close(self) -> None:
+        """Ends with Ray."""

@@ -1,0 +1,210 @@
+"""Where the parts of a run live: one process, or Ray actors. The rest of `rl` sees the same clients either way."""
+
+import asyncio
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from conf.schema import TrainConfig
+from envs.outcome import EnvHost
+from rollout.lease import Lease, WorkerClient, WorkerStatus
+from rollout.trajectory import Trajectory, TrajectoryGroup
+
+if TYPE_CHECKING:
+    from envs.task import Task
+    from rl.report import LearnerReport
+    from rollout.worker import RolloutWorker
+
+
+class ClusterError(RuntimeError):
+    """Raised when the actors of a run cannot be started."""
+
+
+class LearnerClient(Protocol):
+    """The learner as the controller sees it."""
+
+    async def step(self, groups: Sequence[TrajectoryGroup]) -> "LearnerReport": ...
+
+    async def snapshot(self) -> object:
+        """A handle of the current weights that worker clients accept."""
+        ...
+
+    async def save(self, folder: str, step: int, state: dict[str, Any]) -> str:
+        """Write a checkpoint of the learner and `state` (JSON). Returns its path."""
+        ...
+
+    async def restore(self, path: str) -> int:
+        """Load a checkpoint's learner part. Returns the policy version."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Cluster(Protocol):
+    """The started parts of a run."""
+
+    learner: LearnerClient
+    workers: Sequence[WorkerClient]
+    host: EnvHost
+
+    async def close(self) -> None: ...
+
+
+class InProcessWorker:
+    """A `WorkerClient` over a worker in this process. Model steps run in the engine's thread."""
+
+    def __init__(self, worker: "RolloutWorker") -> None:
+        self.name = worker.name
+        self._worker = worker
+
+    async def run_lease(self, lease: Lease) -> TrajectoryGroup:
+        return await self._worker.run_lease(lease)
+
+    async def load_weights(self, snapshot: Any) -> int:
+        return await self._worker.load_weights(snapshot)
+
+    async def pin(self, version: int) -> None:
+        await self._worker.pin(version)
+
+    async def evaluate(self, tasks: "Sequence[Task]", temperature: float, label: str) -> list[Trajectory]:
+        return await self._worker.evaluate(tasks, temperature, label)
+
+    async def status(self) -> WorkerStatus:
+        return await self._worker.status()
+
+    async def restart(self) -> None:
+        raise ClusterError(f"worker {self.name} runs in this process and cannot be restarted")
+
+    async def close(self) -> None:
+        await self._worker.close()
+
+
+class InProcessCluster:
+    """Everything in this process: breakpoints work, nothing is pickled, the same classes run."""
+
+    def __init__(
+        self, config: TrainConfig, *, build: "Callable[[TrainConfig, str, EnvHost], RolloutWorker] | None" = None
+    ) -> None:
+        from rl.learner_service import InProcessLearner
+        from rollout.worker import build_worker
+
+        self.host = build_pool(config)
+        self.learner: LearnerClient = InProcessLearner(config)
+        make = build or build_worker
+        self.workers: Sequence[WorkerClient] = [
+            InProcessWorker(make(config, f"worker-{i}", self.host)) for i in range(config.rollout.workers)
+        ]
+
+    async def close(self) -> None:
+        await asyncio.gather(*(worker.close() for worker in self.workers), self.learner.close())
+
+
+def build_pool(config: TrainConfig) -> Any:
+    """An `EnvPool` with the configured deadlines."""
+    from envs.pool import EnvPool
+
+    return EnvPool(
+        reset_timeout_s=config.env.reset_timeout_s,
+        step_timeout_s=config.env.step_timeout_s,
+        reward_timeout_s=config.env.reward_timeout_s,
+    )
+
+
+def start_ray(config: TrainConfig, folder: Path) -> None:
+    """Start a private Ray (or join the one named), dashboard off, token auth on, nothing sent anywhere.
+
+    `address="local"` because a bare init would join any cluster that happens to run on this machine; the token file is
+    the run's own and readable by its owner only, because Ray listens on every interface.
+    """
+    cores = config.cluster.num_cpus or (config.rollout.workers + config.rollout.env_pools + 2)
+    environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_DEDUP_LOGS": "0"}
+    if config.cluster.address == "local" and "RAY_AUTH_TOKEN" not in os.environ:
+        token = folder / "ray_token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        environment["RAY_AUTH_TOKEN_PATH"] = str(token)
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    options: dict[str, Any] = {"num_cpus": cores, "object_store_memory": 512 << 20}
+    if config.cluster.address != "local":
+        options = {}
+    ray.init(
+        address=config.cluster.address,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        **options,
+    )
+
+
+class RayCluster:
+    """The parts as Ray actors. Made by `await RayCluster.start(config, folder)`."""
+
+    learner: LearnerClient
+    workers: Sequence[WorkerClient]
+    host: EnvHost
+
+    @staticmethod
+    async def start(config: TrainConfig, folder: Path) -> "RayCluster":
+        """Start every actor and wait until each answers. Raises `ClusterError` naming the part that did not."""
+        import ray
+
+        from envs.actors import EnvPoolActor, PoolClient
+        from rl.actors import LearnerActor, RayLearner
+        from rollout.actors import RayWorkerClient, RolloutWorkerActor, answer
+
+        await asyncio.to_thread(start_ray, config, folder)
+        self = RayCluster()
+        logs = str((folder / "logs").resolve())
+        # the driver's working directory reaches actors, so that environments beside it import there too
+        runtime_env = {"env_vars": {"PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}}
+        common: dict[str, Any] = {"max_task_retries": 0, "runtime_env": runtime_env}
+        learner = ray.remote(LearnerActor).options(num_cpus=1, max_restarts=0, **common).remote(config, logs)
+        pools = [
+            ray.remote(EnvPoolActor)
+            .options(num_cpus=0.5, max_restarts=-1, max_concurrency=1000, **common)
+            .remote(
+                config.env.reset_timeout_s, config.env.step_timeout_s, config.env.reward_timeout_s, logs, f"pool-{i}"
+            )
+            for i in range(config.rollout.env_pools)
+        ]
+        actors = [
+            ray.remote(concurrency_groups={"control": 4})(RolloutWorkerActor)
+            .options(num_cpus=1, max_restarts=-1, max_concurrency=10_000, **common)
+            .remote(config, f"worker-{i}", pools[i % len(pools)], logs)
+            for i in range(config.rollout.workers)
+        ]
+        self.host = PoolClient(pools[0])
+        self.learner = RayLearner(learner, deadline_s=config.learner.step_timeout_s)
+        self.workers = [
+            RayWorkerClient(f"worker-{i}", actor, episode_deadline_s=config.rollout.episode_deadline_s)
+            for i, actor in enumerate(actors)
+        ]
+        deadline_s = config.cluster.start_timeout_s
+        try:
+            await answer(learner.ready.remote(), who="the learner", deadline_s=deadline_s)
+            for i, actor in enumerate(actors):
+                await answer(actor.status.remote(), who=f"worker-{i}", deadline_s=deadline_s)
+        except BaseException as error:
+            await self.close()
+            if isinstance(error, RuntimeError):
+                raise ClusterError(f"the run could not start: {error}") from error
+            raise
+        return self
+
+    async def close(self) -> None:
+        """Stop Ray with everything in it. Safe to call twice."""
+        import ray
+
+        await asyncio.to_thread(ray.shutdown)
+
+
+async def start_cluster(config: TrainConfig, folder: Path) -> Cluster:
+    """The cluster the config names."""
+    if config.cluster.kind == "inprocess":
+        return InProcessCluster(config)
+    return await RayCluster.start(config, folder)

@@ -1,0 +1,363 @@
+"""The asynchronous loop: the only loop. Synchronous training is `rollout.max_staleness=0` on the same code.
+
+      TaskSource --task--> Scheduler ==lease==> workers ==group==> GroupBuffer
+                              ^ slots                                  | P groups, oldest first
+                              |                                        v
+      workers <==snapshot== push loop <--version made-- learner loop (one optimizer step) --> ledger, recorder, monitor
+
+Loops, and what each waits for / is woken by
+- scheduler.run    a free slot / a publication or a drop
+- learner loop     P groups / the buffer (deadline: cluster.stall_timeout_s, then the run stops and says who waits)
+- push loop        a new version / the learner loop; while it swaps weights the learner is already at its next step
+- fleet.heartbeat  its interval; revives workers that died or fell silent
+
+The order inside a step matters: a group is marked consumed in the ledger before its version is published, because its
+slot may be given to a new group at that moment; a checkpoint is asked for before the next learner step, so that weights,
+ledger and task counter are one consistent cut.
+"""
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from conf.schema import TrainConfig
+from envs.task import Task
+from envs.task_source import TaskSource
+from policy.weight_store import WeightSyncError
+from rl.cluster import Cluster
+from rl.evaluate import Evaluation, evaluate
+from rl.monitor import Monitor
+from rl.report import RowReport
+from rl.run_folder import RunFolder
+from rollout.buffer import GroupBuffer
+from rollout.fleet import Fleet, FleetError, WorkerState
+from rollout.lease import NotReady, WorkerLost
+from rollout.ledger import Ledger
+from rollout.recorder import Recorder, TrainedRow
+from rollout.scheduler import Scheduler
+from rollout.staleness import SlotGate, StalenessBound
+from rollout.trajectory import Trajectory, TrajectoryGroup
+
+
+class RunStalled(RuntimeError):
+    """Raised when nothing moved for `cluster.stall_timeout_s`; the message says who waits for whom."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Progress:
+    """Where a run stands; what a checkpoint adds to the learner's own state."""
+
+    step: int = 0
+    policy_version: int = 0
+    evaluations: list[Evaluation] = field(default_factory=list)
+
+
+class Controller:
+    """Owns the loops of one run. `run()` returns when the steps are done or `stop()` was called."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        cluster: Cluster,
+        folder: RunFolder,
+        monitor: Monitor,
+        ledger: Ledger,
+        recorder: Recorder,
+        source: TaskSource,
+        held_out: Mapping[str, Task],
+        progress: Progress,
+    ) -> None:
+        self.config = config
+        self.progress = progress
+        self._cluster = cluster
+        self._folder = folder
+        self._monitor = monitor
+        self._ledger = ledger
+        self._recorder = recorder
+        self._source = source
+        self._held_out = list(held_out.values())
+        self._held_out_digests = frozenset(held_out)
+        self.trained_digests: set[str] = set()
+        self._clock = time.monotonic
+        bound = StalenessBound(
+            max_staleness=config.rollout.max_staleness, groups_per_step=config.rollout.groups_per_step
+        )
+        self._gate = SlotGate(bound, publish_every=config.learner.publish_every, version=progress.step)
+        self._buffer = GroupBuffer(config.rollout.max_staleness, clock=self._clock)
+        self.fleet = Fleet(
+            cluster.workers,
+            heartbeat_s=config.cluster.heartbeat_s,
+            restart_timeout_s=config.cluster.start_timeout_s,
+            on_event=monitor.event,
+            clock=self._clock,
+        )
+        self.scheduler = Scheduler(
+            config=config.rollout,
+            total_groups=config.steps * config.rollout.groups_per_step,
+            source=source,
+            fleet=self.fleet,
+            gate=self._gate,
+            ledger=ledger,
+            buffer=self._buffer,
+            recorder=recorder,
+            on_event=monitor.event,
+            on_span=monitor.span,
+            clock=self._clock,
+        )
+        self._stop = asyncio.Event()
+        self._to_push: asyncio.Queue[tuple[int, int, object]] = asyncio.Queue()
+        self._sync_s = 0.0
+        self._trained = {"n": 0.0, "length": 0.0, "reward": 0.0, "seconds": 0.0}
+        self.transcripts: list[Trajectory] = []
+        """First held-out episode of the evaluation before and after training."""
+
+    @property
+    def held_out_overlap(self) -> int:
+        """Problems trained on in this process that are held out, by content digest. Must be 0."""
+        return len(self.trained_digests & self._held_out_digests)
+
+    @property
+    def held_out_passed_over(self) -> int:
+        """Training candidates not used because their problem is held out."""
+        return self._source.passed_over
+
+    def stop(self) -> None:
+        """End after the running learner step, with a checkpoint."""
+        self._stop.set()
+
+    @property
+    def interrupted(self) -> bool:
+        return self._stop.is_set()
+
+    async def run(self, *, queued: Sequence[Task] = (), committed: Sequence[TrajectoryGroup] = ()) -> None:
+        """Train to the last step. `queued` and `committed` are what an earlier process left."""
+        progress = self.progress
+        try:
+            snapshot = await self._cluster.learner.snapshot()
+            await self.fleet.push(progress.policy_version, snapshot)
+            finished = progress.step * self.config.rollout.groups_per_step
+            await self.scheduler.resume(
+                queued=queued,
+                committed=committed,
+                finished=finished,
+                versions_per_step=self.config.learner.updates_per_step,
+            )
+            if progress.step == 0 and not progress.evaluations:
+                await self._evaluate(self.config.evaluation.final_tasks, edge=True)
+            self.scheduler.published(progress.policy_version, progress.step)
+            await self._train()
+            await self._checkpoint()
+            if not self.interrupted:
+                await self._evaluate(self.config.evaluation.final_tasks, edge=True)
+        finally:
+            await self.scheduler.close()
+            await self._buffer.close()
+
+    async def _train(self) -> None:
+        """Run the loops until the learner loop ends; the first failure of any of them ends all."""
+        background = [
+            asyncio.create_task(self.scheduler.run()),
+            asyncio.create_task(self._push_loop()),
+            asyncio.create_task(self.fleet.heartbeat_loop()),
+        ]
+        learner = asyncio.create_task(self._learner_loop())
+        watched: set[asyncio.Future[Any]] = {learner, self.scheduler.failure, *background}
+        try:
+            done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+            for future in done:
+                future.result()
+            await self._to_push.join()
+        finally:
+            for future in watched:
+                future.cancel()
+            await asyncio.gather(*watched, return_exceptions=True)
+
+    async def _learner_loop(self) -> None:
+        progress, config = self.progress, self.config
+        while progress.step < config.steps:
+            start_s = self._clock()
+            groups = await self._take()
+            if groups is None:
+                return
+            taken_s = self._clock()
+            report = await self._cluster.learner.step(groups)
+            trained_s = self._clock()
+            progress.step += 1
+            progress.policy_version = report.policy_version
+            group_ids = [group.group_id for group in groups]
+            self._ledger.consume(group_ids, progress.step)
+            self._recorder.mark_consumed(progress.step, [_fate(row) for row in report.rows])
+            self.scheduler.consumed(group_ids, at_step=progress.step - 1)
+            self.trained_digests.update(t.problem_digest for group in groups for t in group.trajectories)
+            evaluation_due = config.evaluation.every and progress.step % config.evaluation.every == 0
+            last = progress.step == config.steps
+            if progress.step % config.learner.publish_every == 0 or last or evaluation_due:
+                snapshot = await self._cluster.learner.snapshot()
+                self._to_push.put_nowait((progress.step, progress.policy_version, snapshot))
+            if progress.step % config.run.checkpoint_every == 0 and not last:
+                await self._checkpoint()
+            self._monitor.span("learner", "wait", start_s, taken_s)
+            self._monitor.span("learner", "train", taken_s, trained_s)
+            self._report(groups, dict(report.metrics), wait_s=taken_s - start_s, train_s=trained_s - taken_s)
+
+    async def _take(self) -> list[TrajectoryGroup] | None:
+        """The next step's groups, or None when the run should stop."""
+        take = asyncio.create_task(
+            self._buffer.take(
+                self.config.rollout.groups_per_step,
+                self.progress.step,
+                timeout_s=self.config.cluster.stall_timeout_s,
+            )
+        )
+        stop = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait({take, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if self._stop.is_set():
+                return None
+            return take.result()
+        except TimeoutError as error:
+            workers = "; ".join(self.fleet.describe())
+            raise RunStalled(f"{error}; {self.scheduler.num_alive} groups are out; {workers}") from error
+        finally:
+            for task in (take, stop):
+                task.cancel()
+            await asyncio.gather(take, stop, return_exceptions=True)
+
+    async def _push_loop(self) -> None:
+        """Publish versions in order; older ones that pile up are passed over. Evaluations pin what was just pushed."""
+        while True:
+            step, version, snapshot = await self._to_push.get()
+            try:
+                while not self._to_push.empty() and not self._evaluation_due(step):
+                    step, version, snapshot = self._to_push.get_nowait()
+                    self._to_push.task_done()
+                start_s = self._clock()
+                await self.fleet.push(version, snapshot)
+                self._sync_s = self._clock() - start_s
+                self._monitor.span("push", "sync", start_s, self._clock())
+                self.scheduler.published(version, step)
+                if self._evaluation_due(step) and step < self.config.steps:
+                    await self._evaluate(self.config.evaluation.tasks, step=step, version=version)
+            finally:
+                self._to_push.task_done()
+
+    def _evaluation_due(self, step: int) -> bool:
+        return bool(self.config.evaluation.every) and step % self.config.evaluation.every == 0
+
+    async def _evaluate(self, count: int, *, step: int = -1, version: int = -1, edge: bool = False) -> None:
+        """Evaluate on `count` held-out tasks. At the edges of a run a lost worker means another try, else a gap."""
+        step = self.progress.step if step < 0 else step
+        version = self.progress.policy_version if version < 0 else version
+        start_s = self._clock()
+        for attempt in range(3 if edge else 1):
+            try:
+                await self.fleet.done(await self.fleet.choose(version, self.config.cluster.start_timeout_s))
+                workers = [
+                    m.client for m in self.fleet.members if m.state == WorkerState.HEALTHY and m.version == version
+                ]
+                evaluation, trajectories = await evaluate(
+                    workers,
+                    self._held_out[:count],
+                    version=version,
+                    step=step,
+                    temperature=self.config.evaluation.temperature,
+                )
+                break
+            except (WorkerLost, NotReady, FleetError, WeightSyncError) as error:
+                self._monitor.event("evaluation_failed", step=step, attempt=attempt, error=str(error))
+                if edge and attempt == 2:
+                    raise
+        else:
+            return
+        self._monitor.span("push", "evaluate", start_s, self._clock())
+        self._recorder.write([_alone(t) for t in trajectories], split="eval", eval_step=step)
+        self.progress.evaluations.append(evaluation)
+        if edge and trajectories:
+            self.transcripts.append(min(trajectories, key=lambda t: t.task.task_id))
+        self._monitor.evaluation(evaluation)
+
+    async def _checkpoint(self) -> None:
+        start_s = self._clock()
+        await asyncio.to_thread(self._recorder.flush, 60.0)
+        await self._cluster.learner.save(
+            str(self._folder.checkpoints),
+            self.progress.step,
+            {
+                "step": self.progress.step,
+                "policy_version": self.progress.policy_version,
+                "evaluations": [asdict(evaluation) for evaluation in self.progress.evaluations],
+            },
+        )
+        self._monitor.event("checkpoint", step=self.progress.step, seconds=round(self._clock() - start_s, 3))
+
+    def _report(
+        self, groups: Sequence[TrajectoryGroup], metrics: dict[str, float], *, wait_s: float, train_s: float
+    ) -> None:
+        """Metrics of one step. Waiting and training add up to the step, so the idle ratio cannot lie."""
+        stats = self._buffer.stats()
+        counters = self.scheduler.counters
+        step_s = wait_s + train_s
+        trajectories = [t for group in groups for t in group.trajectories if t.is_trainable]
+        tokens = sum(t.num_sampled_tokens for t in trajectories)
+        metrics |= {
+            "time/step": step_s,
+            "time/wait_for_batch": wait_s,
+            "time/train": train_s,
+            "time/trainer_idle_ratio": wait_s / max(step_s, 1e-9),
+            "trainer/tok_s": tokens / max(step_s, 1e-9),
+            "rollout/episodes_s": len(trajectories) / max(step_s, 1e-9),
+            "rollout/env_s/mean": sum(t.env_seconds for t in trajectories) / max(len(trajectories), 1),
+            "weight_sync/latency_s": self._sync_s,
+            "queue/ready_groups": stats.ready,
+            "queue/in_flight": self.scheduler.num_alive,
+            "queue/oldest_age_s": stats.oldest_ready_s,
+            "faults/restarts": self.fleet.num_restarts,
+            "faults/redispatched": counters.redispatched,
+            "faults/dropped_groups": counters.dropped,
+            "workers/healthy": self.fleet.num_healthy,
+            **self._selection_bias(trajectories),
+        }
+        self._monitor.step(self.progress.step, self.progress.policy_version, metrics)
+        self._folder.update(step=self.progress.step)
+
+    def _selection_bias(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """Mean over all trained / mean over all dispatched: 1 unless what is trained on is a biased choice."""
+        counters, trained = self.scheduler.counters, self._trained
+        for t in trajectories:
+            trained["n"] += 1
+            trained["length"] += t.num_sampled_tokens
+            trained["reward"] += t.reward or 0.0
+            trained["seconds"] += t.seconds
+        if not counters.dispatched or not trained["n"]:
+            return {}
+        dispatched = {
+            "length": counters.dispatched_length,
+            "reward": counters.dispatched_reward,
+            "seconds": counters.dispatched_seconds,
+        }
+        return {
+            f"selection_bias/{name}": (trained[name] / trained["n"]) / (total / counters.dispatched)
+            for name, total in dispatched.items()
+            if total
+        }
+
+
+def _alone(trajectory: Trajectory) -> TrajectoryGroup:
+    """An evaluation's episode as a group of one, to be stored."""
+    return TrajectoryGroup(
+        group_id=trajectory.group_id, task=trajectory.task, attempt=trajectory.attempt, trajectories=(trajectory,)
+    )
+
+
+def _fate(row: RowReport) -> TrainedRow:
+    """What the learner did with a trajectory, as the store keeps it."""
+    return TrainedRow(
+        trajectory_id=row.trajectory_id,
+        advantage=row.advantage,
+        learner_logprobs=row.learner_logprobs,
+        status="consumed" if row.status in ("trained", "zero_advantage") else "dropped",
+        cause=row.cause or ("" if row.status == "trained" else row.status),
+    )

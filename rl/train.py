@@ -1,0 +1,274 @@
+"""`shoal train` and `shoal resume`: from a config to a finished run folder.
+
+python -m rl.train env=calculator seed=2        is the same as        shoal train env=calculator seed=2
+"""
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rollout.trajectory_reader import TrajectoryReader
+
+from conf.loading import read_config, resolved_yaml
+from conf.schema import TrainConfig
+from envs.registry import environment_facts
+from envs.task import Task
+from envs.task_source import TaskEntry, TaskSource, held_out_tasks
+from policy.initial import initial_weights_file
+from rl.checkpoint import Checkpoint, CheckpointError, load_latest
+from rl.cluster import Cluster, start_cluster
+from rl.controller import Controller, Progress
+from rl.evaluate import Evaluation
+from rl.monitor import Monitor
+from rl.run_folder import RunFolder, RunStatus
+from rl.transcript import transcript_text
+from rollout.ledger import GroupState, Ledger
+from rollout.recorder import Recorder
+from rollout.trajectory import TrajectoryGroup
+
+
+def task_entries(config: TrainConfig) -> tuple[TaskEntry, ...]:
+    """The environments of the config, one or a mix."""
+    env = config.env
+    if not env.mix:
+        return (TaskEntry(name=env.name, env_id=env.id, weight=1.0, level=env.level, kwargs=env.kwargs),)
+    return tuple(
+        TaskEntry(name=name, env_id=entry.id, weight=entry.weight, level=entry.level, kwargs=entry.kwargs)
+        for name, entry in env.mix.items()
+    )
+
+
+def train(config: TrainConfig) -> int:
+    """Run a whole training. Returns the exit code: 0 ok, 1 failed, 130 interrupted with a checkpoint written."""
+    if config.dry_run:
+        print(resolved_yaml(config), end="")
+        return 0
+    facts = environment_facts([entry.env_id for entry in task_entries(config)])  # an unknown env stops here
+    if config.policy.kind == "hybrid":
+        initial_weights_file(config.policy, config.env.name)  # so does a missing warm start
+    folder = RunFolder.create(config.run.root, config.env.name, _policy_name(config), config.run.name)
+    folder.write_config(resolved_yaml(config))
+    folder.write_manifest(
+        argv=sys.argv, seeds={"run": config.seed, "held_out": config.evaluation.seed}, environments=facts
+    )
+    return _run(config, folder, None, resumed=False)
+
+
+def resume(run: str, overrides: Sequence[str] = (), *, root: str = "runs") -> int:
+    """Continue an interrupted or crashed run in its own folder, e.g. with overrides ["steps=200"]."""
+    folder = RunFolder.resolve(root, run)
+    config = read_config(folder.config.read_text(), overrides)
+    try:
+        checkpoint = load_latest(folder.checkpoints)
+    except CheckpointError:
+        checkpoint = None  # it never got that far: begin again, with what it had committed
+    folder.begin(step=checkpoint.step if checkpoint else 0)
+    folder.write_config(resolved_yaml(config))
+    return _run(config, folder, checkpoint, resumed=True)
+
+
+def _policy_name(config: TrainConfig) -> str:
+    return config.policy.preset if config.policy.kind == "hybrid" else "hf"
+
+
+def _run(config: TrainConfig, folder: RunFolder, checkpoint: Checkpoint | None, *, resumed: bool) -> int:
+    resume_step = (checkpoint.step if checkpoint else 0) if resumed else None
+    monitor = Monitor(folder.path, config, resume_step=resume_step)
+    try:
+        outcome = asyncio.run(_main(config, folder, monitor, checkpoint, resumed=resumed))
+    except KeyboardInterrupt:  # the second Ctrl-C: stop hard, keep what is on disk
+        outcome = RunStatus.INTERRUPTED
+    except BaseException as error:
+        reason = f"{type(error).__name__}: {error}"
+        folder.update(status=RunStatus.FAILED, reason=reason)
+        monitor.event("run_failed", error=reason)
+        monitor.close()
+        raise
+    folder.update(status=outcome)
+    monitor.close()
+    if outcome == RunStatus.INTERRUPTED:
+        print(f"\ninterrupted; continue with: shoal resume {folder.run_id}", file=sys.stderr)
+        return 130
+    return 0
+
+
+async def _main(
+    config: TrainConfig, folder: RunFolder, monitor: Monitor, checkpoint: Checkpoint | None, *, resumed: bool
+) -> RunStatus:
+    started_s = time.monotonic()
+    cluster = await start_cluster(config, folder.path)
+    monitor.event("cluster_started", seconds=round(time.monotonic() - started_s, 3))
+    ledger = Ledger(folder.ledger)
+    recorder = Recorder(folder.trajectories)
+    try:
+        left = Leftover()
+        if resumed:
+            left = await _restore(folder, cluster, ledger, recorder, checkpoint)
+            monitor.event("resumed", step=left.progress.step, committed=len(left.committed), queued=len(left.queued))
+        controller = await _assemble(config, folder, monitor, cluster, ledger, recorder, left.progress)
+        _stop_on_signals(controller)
+        ready_s = time.monotonic()
+        await controller.run(queued=left.queued, committed=left.committed)
+        await asyncio.to_thread(recorder.flush, 60.0)
+        if controller.interrupted:
+            return RunStatus.INTERRUPTED
+        if controller.held_out_overlap:
+            raise RuntimeError(f"{controller.held_out_overlap} held-out problems were trained on")
+        summary = _summary(config, controller, train_s=time.monotonic() - ready_s, start_s=ready_s - started_s)
+        folder.write_summary(summary)
+        _show_end(config, folder, monitor, controller, summary)
+        return RunStatus.FINISHED
+    finally:
+        await cluster.close()
+        recorder.close()
+        ledger.close()
+
+
+async def _assemble(
+    config: TrainConfig,
+    folder: RunFolder,
+    monitor: Monitor,
+    cluster: Cluster,
+    ledger: Ledger,
+    recorder: Recorder,
+    progress: Progress,
+) -> Controller:
+    entries = task_entries(config)
+    count = max(config.evaluation.final_tasks, config.evaluation.tasks)
+    held_out = await held_out_tasks(entries, cluster.host, count=count, seed=config.evaluation.seed)
+    source = TaskSource(
+        entries, cluster.host, seed=config.seed, held_out=frozenset(held_out), counter=next_counter(ledger)
+    )
+    return Controller(
+        config,
+        cluster=cluster,
+        folder=folder,
+        monitor=monitor,
+        ledger=ledger,
+        recorder=recorder,
+        source=source,
+        held_out=held_out,
+        progress=progress,
+    )
+
+
+def next_counter(ledger: Ledger) -> int:
+    """Counter of the first training task never issued: ids end in their counter."""
+    last = ledger.last_issued()
+    return int(last.task_id.rsplit("/", 1)[1]) + 1 if last else 0
+
+
+@dataclass(kw_only=True, slots=True)
+class Leftover:
+    """What a run begins with: nothing, or what an earlier process left."""
+
+    progress: Progress = field(default_factory=Progress)
+    queued: list[Task] = field(default_factory=list)
+    committed: list[TrajectoryGroup] = field(default_factory=list)
+
+
+async def _restore(
+    folder: RunFolder, cluster: Cluster, ledger: Ledger, recorder: Recorder, checkpoint: Checkpoint | None
+) -> Leftover:
+    """Go back to the checkpoint: weights, ledger, rows and curves as they were, nothing lost.
+
+    A committed group keeps its trajectories unless they were sampled by versions that the run has now forgotten, or
+    never reached the disk; then its task is sampled again.
+    """
+    left = Leftover()
+    if checkpoint is not None:
+        state = checkpoint.state["run"]
+        left.progress = Progress(
+            step=state["step"],
+            policy_version=await cluster.learner.restore(str(checkpoint.path)),
+            evaluations=[Evaluation(**row) for row in state["evaluations"]],
+        )
+    ledger.rewind(left.progress.step)
+    recorder.rewind(left.progress.step)
+    recorder.flush(60.0)
+    with closing(TrajectoryReader(folder.trajectories)) as reader:
+        stored = {group.group_id: group for group in reader.groups("committed")}
+    for task in ledger.tasks_in(GroupState.COMMITTED):
+        group = stored.get(task.task_id)
+        if group is None or max(t.max_policy_version for t in group.trajectories) > left.progress.policy_version:
+            ledger.requeue(task.task_id, "resume")
+        else:
+            left.committed.append(group)
+    left.queued = ledger.tasks_in(GroupState.QUEUED)
+    return left
+
+
+def _stop_on_signals(controller: Controller) -> None:
+    """First Ctrl-C or SIGTERM: finish the step, write a checkpoint, exit 130. Second: stop at once."""
+    loop = asyncio.get_running_loop()
+
+    def first() -> None:
+        print("\nstopping after this step (Ctrl-C again to stop at once) ...", file=sys.stderr)
+        controller.stop()
+        loop.remove_signal_handler(signal.SIGTERM)
+        loop.remove_signal_handler(signal.SIGINT)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for name in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(name, first)
+
+
+def _summary(config: TrainConfig, controller: Controller, *, train_s: float, start_s: float) -> dict[str, Any]:
+    evaluations = controller.progress.evaluations
+    before, after = evaluations[0], evaluations[-1]
+    return {
+        "env": config.env.name,
+        "policy": _policy_name(config),
+        "seed": config.seed,
+        "steps": controller.progress.step,
+        "success_before": before.success,
+        "success_after": after.success,
+        "ci95": list(after.ci95),
+        "ci95_before": list(before.ci95),
+        "n": after.n,
+        "train_seconds": round(train_s, 2),
+        "start_seconds": round(start_s, 2),
+        "setup_seconds": float(os.environ.get("SHOAL_SETUP_SECONDS", "0")),
+        "held_out_overlap": controller.held_out_overlap,
+        "held_out_passed_over": controller.held_out_passed_over,
+        "before": asdict(before),
+        "after": asdict(after),
+        "curve": [[e.step, e.success, e.n] for e in evaluations],
+        "restarts": controller.fleet.num_restarts,
+        "transcripts": [transcript_text(t) for t in controller.transcripts],
+    }
+
+
+def _show_end(
+    config: TrainConfig, folder: RunFolder, monitor: Monitor, controller: Controller, summary: dict[str, Any]
+) -> None:
+    """The curve, one task before and after, and where to look next."""
+    if config.monitor.transcript and len(controller.transcripts) == 2:
+        for title, trajectory in zip(("before", "after"), controller.transcripts, strict=True):
+            monitor.say(f"\none held-out task, {title} training\n{transcript_text(trajectory)}")
+    curve = "  ".join(f"{e.step}: {e.success:.2f}" for e in controller.progress.evaluations)
+    low, high = summary["ci95"]
+    monitor.say(
+        f"\nheld-out success by step   {curve}\n"
+        f"{summary['env']}: success {summary['success_before']:.3f} -> {summary['success_after']:.3f} "
+        f"(95% interval {low:.3f} to {high:.3f}, {summary['n']} held-out tasks, overlap with training "
+        f"{summary['held_out_overlap']}), {summary['train_seconds']:.0f} s\n"
+        f"run folder {folder.path}\nlook closer: shoal show {folder.run_id} --traj 1"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m rl.train`: the same as `shoal train`."""
+    from rl.cli import main as cli
+
+    return cli(["train", *(sys.argv[1:] if argv is None else argv)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

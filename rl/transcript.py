@@ -1,0 +1,25 @@
+"""An episode as a person reads it."""
+
+from envs.message import Message
+from rollout.trajectory import Trajectory
+
+
+def message_text(message: Message) -> str:
+    """One message on a few lines: role, text, calls."""
+    calls = [
+        f"[call {call.name}({', '.join(f'{k}={v!r}' for k, v in call.arguments.items())})]"
+        + (f" malformed: {call.error}" if call.error else "")
+        for call in message.tool_calls
+    ]
+    return f"{message.role:>9}: " + " ".join([part for part in (message.text, *calls) if part])
+
+
+def transcript_text(trajectory: Trajectory) -> str:
+    """The whole conversation, then its end and reward."""
+    lines = [message_text(message) for message in trajectory.prompt]
+    for turn in trajectory.turns:
+        lines.append(message_text(turn.message))
+        lines.extend(message_text(message) for message in turn.reply)
+    reward = "none" if trajectory.reward is None else f"{trajectory.reward:g}"
+    lines.append(f"   {'ended':>6}: {trajectory.stop_reason}, reward {reward}")
+    return "\n".join(lines)

@@ -1,0 +1,114 @@
+"""Ray at the edge of rollouts: thin actors around `RolloutWorker`, and clients that give every wait a deadline."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError, WorkerCrashedError
+
+from conf.schema import TrainConfig
+from envs.actors import PoolClient
+from envs.task import Task
+from rollout.failpoint import Failpoint
+from rollout.lease import Lease, WorkerLost, WorkerStatus
+from rollout.trajectory import Trajectory, TrajectoryGroup
+
+if TYPE_CHECKING:
+    from policy.weight_store import PolicySnapshot
+
+T = TypeVar("T")
+LOST = (RayActorError, WorkerCrashedError, GetTimeoutError)
+
+
+def log_to_file(folder: str, process: str) -> None:
+    """Send this process's log records to its own file in the run folder."""
+    path = Path(folder) / f"{process}.log"
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+    logging.getLogger().setLevel(logging.INFO)
+
+
+async def answer(call: Awaitable[T], *, who: str, deadline_s: float) -> T:
+    """Await a Ray call. A dead or silent actor becomes `WorkerLost`, an exception of its code is raised as itself."""
+    try:
+        return await asyncio.wait_for(call, deadline_s)
+    except TimeoutError:
+        raise WorkerLost(f"{who} did not answer in {deadline_s:.0f} s") from None
+    except LOST as error:
+        raise WorkerLost(f"{who}: {type(error).__name__}: {error}") from error
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, Exception) else error) from error
+
+
+class RolloutWorkerActor:
+    """A `RolloutWorker` in a process of its own. Made by `rl.cluster`."""
+
+    def __init__(self, config: TrainConfig, name: str, pool: Any, log_folder: str) -> None:
+        import torch
+
+        from rollout.worker import build_worker
+
+        log_to_file(log_folder, name)
+        torch.set_num_threads(config.engine.threads)
+        # a failpoint is for the first life only: the restarted worker must get past it
+        first_life = not ray.get_runtime_context().was_current_actor_reconstructed
+        failpoint = Failpoint(config.run.debug_failpoint if first_life else "")
+        self._worker = build_worker(config, name, PoolClient(pool), failpoint)
+
+    async def run_lease(self, lease: Lease) -> TrajectoryGroup:
+        return await self._worker.run_lease(lease)
+
+    async def load_weights(self, snapshot: "PolicySnapshot") -> int:
+        return await self._worker.load_weights(snapshot)
+
+    async def pin(self, version: int) -> None:
+        await self._worker.pin(version)
+
+    async def evaluate(self, tasks: Sequence[Task], temperature: float, label: str) -> list[Trajectory]:
+        return await self._worker.evaluate(tasks, temperature, label)
+
+    async def status(self) -> WorkerStatus:
+        return await self._worker.status()
+
+    async def close(self) -> None:
+        await self._worker.close()
+
+
+class RayWorkerClient:
+    """A `WorkerClient` over an actor. `load_weights` takes an object reference: weights never pass the driver."""
+
+    def __init__(self, name: str, actor: Any, *, episode_deadline_s: float) -> None:
+        self.name = name
+        self._actor = actor
+        self._deadline_s = episode_deadline_s
+
+    async def run_lease(self, lease: Lease) -> TrajectoryGroup:
+        return await answer(self._actor.run_lease.remote(lease), who=self.name, deadline_s=lease.deadline_s)
+
+    async def load_weights(self, snapshot: object) -> int:
+        call = self._actor.load_weights.remote(snapshot)
+        return await answer(call, who=self.name, deadline_s=3 * self._deadline_s)
+
+    async def pin(self, version: int) -> None:
+        await answer(self._actor.pin.remote(version), who=self.name, deadline_s=30)
+
+    async def evaluate(self, tasks: Sequence[Task], temperature: float, label: str) -> list[Trajectory]:
+        call = self._actor.evaluate.remote(list(tasks), temperature, label)
+        return await answer(call, who=self.name, deadline_s=10 * self._deadline_s)
+
+    async def status(self) -> WorkerStatus:
+        # another concurrency group, hence another thread: answered while the worker's loop is busy
+        return await answer(
+            self._actor.status.options(concurrency_group="control").remote(), who=self.name, deadline_s=20
+        )
+
+    async def restart(self) -> None:
+        """Kill the process; Ray starts another with the same arguments."""
+        ray.kill(self._actor, no_restart=False)
+
+    async def close(self) -> None:
+        ray.kill(self._actor, no_restart=True)

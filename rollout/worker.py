@@ -1,0 +1,186 @@
+"""A rollout worker: one engine, many episodes at once on one asyncio loop.
+
+Invariants
+- It runs nothing before it holds verified weights of at least the version its lease asks for (pitfalls I5).
+- Weights are swapped only when no unit of the rollout lock is running; an evaluation pins the version until it ends.
+- A lease ends in a group, an exception that says why, or cancellation; nothing is kept between leases.
+"""
+
+import asyncio
+import os
+from collections.abc import Sequence
+
+from policy.hf_model import load_policy_model
+
+from conf.schema import RolloutConfig, TrainConfig
+from envs.outcome import EnvHost
+from envs.task import Task
+from policy.engine import CachePolicy, Engine
+from policy.local_engine import LocalEngine
+from policy.weight_store import PolicySnapshot
+from rollout.episode import EpisodeSettings, run_episode
+from rollout.failpoint import Failpoint
+from rollout.group import run_group
+from rollout.lease import Lease, NotReady, WorkerStatus
+from rollout.lock import RolloutLock
+from rollout.renderer import Renderer, make_renderer
+from rollout.trajectory import Trajectory, TrajectoryGroup
+
+
+class RolloutWorker:
+    """Runs leases and evaluations on one engine."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        engine: Engine,
+        renderer: Renderer,
+        host: EnvHost,
+        config: RolloutConfig,
+        seed: int,
+        failpoint: Failpoint | None = None,
+    ) -> None:
+        self.name = name
+        self._engine = engine
+        self._renderer = renderer
+        self._host = host
+        self._config = config
+        self._seed = seed
+        self._failpoint = failpoint or Failpoint()
+        self._lock = RolloutLock(config.lock)
+        self._version_changed = asyncio.Condition()
+        self._pinned = asyncio.Event()  # set = free to swap
+        self._pinned.set()
+        self._groups = 0
+        self._episodes = 0
+
+    async def load_weights(self, snapshot: PolicySnapshot) -> int:
+        """Wait for the lock, verify, swap. Raises `WeightSyncError` and keeps the old version where they differ."""
+        await asyncio.wait_for(self._pinned.wait(), self._config.episode_deadline_s * 2)
+        async with self._lock.swap():
+            self._failpoint.hit("swap")
+            cache_policy: CachePolicy = "keep" if self._config.cache_policy == "keep" else "recompute"
+            await self._engine.load_weights(snapshot, cache_policy=cache_policy)
+        async with self._version_changed:
+            self._version_changed.notify_all()
+        return self._engine.policy_version
+
+    async def _wait_for_version(self, version: int, deadline_s: float) -> None:
+        async def reached() -> None:
+            async with self._version_changed:
+                await self._version_changed.wait_for(lambda: self._engine.policy_version >= version)
+
+        try:
+            await asyncio.wait_for(reached(), deadline_s)
+        except TimeoutError:
+            raise NotReady(
+                f"worker {self.name} serves policy version {self._engine.policy_version}, the lease asks for "
+                f">= {version}; it did not arrive in {deadline_s:.0f} s"
+            ) from None
+
+    def _settings(self, *, temperature: float, salt: str) -> EpisodeSettings:
+        return EpisodeSettings(
+            temperature=temperature,
+            max_turn_tokens=self._config.max_turn_tokens,
+            max_turns=self._config.max_turns,
+            max_model_tokens=self._engine.capabilities.max_model_tokens,
+            deadline_s=self._config.episode_deadline_s,
+            seed=self._seed,
+            salt=salt,
+        )
+
+    async def run_lease(self, lease: Lease) -> TrajectoryGroup:
+        """Sample the G trajectories of a lease. The members of a group meet the same problem with other seeds."""
+        await self._wait_for_version(lease.min_version, lease.deadline_s)
+        self._groups += 1
+        self._episodes += self._config.group_size
+        try:
+            group = await run_group(
+                task=lease.task,
+                group_id=lease.group_id,
+                attempt=lease.attempt,
+                group_size=self._config.group_size,
+                host=self._host,
+                engine=self._engine,
+                renderer=self._renderer,
+                settings=self._settings(temperature=self._config.temperature, salt=""),
+                lock=self._lock,
+                worker=self.name,
+                failpoint=self._failpoint.hit,
+            )
+        finally:
+            self._groups -= 1
+            self._episodes -= self._config.group_size
+        self._failpoint.hit("commit")
+        return group
+
+    async def pin(self, version: int) -> None:
+        """Keep serving `version` until the evaluation that follows has ended. Raises `NotReady` on another version."""
+        if self._engine.policy_version != version:
+            raise NotReady(f"worker {self.name} serves version {self._engine.policy_version}, not {version}")
+        self._pinned.clear()
+
+    async def evaluate(self, tasks: Sequence[Task], temperature: float, label: str) -> list[Trajectory]:
+        """One trajectory for each task, all tokens from the pinned version. Releases the pin whatever happens."""
+        self._pinned.clear()
+        gate = asyncio.Semaphore(self.evaluation_width)
+        settings = self._settings(temperature=temperature, salt=label)
+
+        async def one(task: Task) -> Trajectory:
+            async with gate:
+                return await run_episode(
+                    task=task,
+                    member=0,
+                    group_id=f"{label}/{task.task_id}",
+                    host=self._host,
+                    engine=self._engine,
+                    renderer=self._renderer,
+                    settings=settings,
+                    lock=RolloutLock("none"),  # the pin already keeps swaps away
+                    worker=self.name,
+                )
+
+        try:
+            return list(await asyncio.gather(*(one(task) for task in tasks)))
+        finally:
+            self._pinned.set()
+
+    evaluation_width = 256
+    """Episodes of an evaluation in flight at once."""
+
+    async def status(self) -> WorkerStatus:
+
+        return WorkerStatus(
+            name=self.name,
+            policy_version=self._engine.policy_version,
+            groups=self._groups,
+            episodes=self._episodes,
+            engine=self._engine.stats(),
+            pid=os.getpid(),
+        )
+
+    async def restart(self) -> None:
+        """A worker in this process has nothing to restart."""
+
+    async def close(self) -> None:
+        await self._engine.close()
+
+
+def build_engine(config: TrainConfig) -> Engine:
+    """The configured engine, without weights: it serves nothing before its first `load_weights`."""
+    model = load_policy_model(config.policy, seed=config.seed)
+    return LocalEngine(model, config.engine)
+
+
+def build_worker(config: TrainConfig, name: str, host: EnvHost, failpoint: Failpoint | None = None) -> RolloutWorker:
+    """A worker as the config describes it; the same in this process and in a Ray actor."""
+    return RolloutWorker(
+        name,
+        engine=build_engine(config),
+        renderer=make_renderer(config.policy),
+        host=host,
+        config=config.rollout,
+        seed=config.seed,
+        failpoint=failpoint,
+    )
