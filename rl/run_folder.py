@@ -64,15 +64,15 @@ class RunState:
     """Unix time."""
     heartbeat_s: float
     """Unix time of the last sign of life."""
-    reason: str = ""
-    """Why it failed or was interrupted."""
+    error: str = ""
+    """Why it failed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSummary:
     """A line of `shoal ls`."""
 
-    run_id: str
+    name: str
     path: Path
     state: RunState | None
     """None where run.json cannot be read; `fault` then says why."""
@@ -85,7 +85,7 @@ class RunSummary:
 class RunFolder:
     """One run's folder.
 
-    Example: folder = RunFolder.create(Path("runs"), "calculator", "tiny_hybrid"); folder.update(step=7);
+    Example: folder = RunFolder.create(Path("runs"), "calculator", "tiny_hybrid"); folder.heartbeat(step=7);
     RunFolder.resolve(Path("runs"), "latest").trajectories -> runs/20261123-150207-.../trajectories.db
     """
 
@@ -135,13 +135,13 @@ class RunFolder:
         elif run == LATEST:
             path = (root / LATEST).resolve()
         else:
-            path = root / _match(run, _run_ids(root), root)
+            path = root / _match(run, _names(root), root)
         if not (path / "run.json").is_file():
             raise RunFolderError(f"no run at {path}: it has no run.json")
         return RunFolder(path=path)
 
     @property
-    def run_id(self) -> str:
+    def name(self) -> str:
         return self.path.resolve().name
 
     @property
@@ -213,24 +213,14 @@ class RunFolder:
         )
         self._write_state(state)
 
-    def update(
-        self,
-        *,
-        status: RunStatus | None = None,
-        step: int | None = None,
-        reason: str = "",
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        """Beat: write the time, and what is given, to run.json."""
-        state = self._read_state()
-        state = replace(
-            state,
-            status=status or state.status,
-            step=state.step if step is None else step,
-            reason=reason or state.reason,
-            heartbeat_s=clock(),
-        )
-        self._write_state(state)
+    def heartbeat(self, *, step: int, clock: Callable[[], float] = time.time) -> None:
+        """Note in run.json that the run lives, and its learner steps so far."""
+        self._write_state(replace(self._read_state(), step=step, heartbeat_s=clock()))
+
+    def finish(self, status: str, error: str = "", *, clock: Callable[[], float] = time.time) -> None:
+        """Note how the run ended: "finished", "failed" or "interrupted"."""
+        ended = replace(self._read_state(), status=RunStatus(status), error=error, heartbeat_s=clock())
+        self._write_state(ended)
 
     def state(self, *, clock: Callable[[], float] = time.time) -> RunState:
         """run.json, "crashed" where it says running and the process is gone. Raises `RunFolderError`."""
@@ -245,14 +235,12 @@ class RunFolder:
     def write_summary(self, values: Mapping[str, Any]) -> None:
         self._write(self.summary, json.dumps(values, indent=2) + "\n")
 
-    def write_manifest(
-        self, *, argv: Sequence[str], seeds: Mapping[str, int], environments: Mapping[str, Mapping[str, Any]]
-    ) -> None:
-        """Facts to make the run again: code, versions, hardware, seeds; `environments` {id: {version, digest, ..}}."""
+    def write_manifest(self, *, seed: int, environments: Any, argv: Sequence[str] | None = None) -> None:
+        """Facts to make the run again: code, versions, hardware, seed; `environments`: versions and digests by id."""
         manifest = {
-            "argv": list(argv),
-            "seeds": dict(seeds),
-            "environments": {name: dict(facts) for name, facts in environments.items()},
+            "argv": list(sys.argv if argv is None else argv),
+            "seed": seed,
+            "environments": environments,
             "packages": _package_versions(),
             "python": sys.version.split()[0],
             "platform": platform.platform(),
@@ -292,8 +280,8 @@ def write_atomic(path: Path, text: str) -> None:
 
 def list_runs(root: Path | str, *, clock: Callable[[], float] = time.time) -> list[RunSummary]:
     """Every run under `root`, newest first."""
-    runs = [_summarise(RunFolder(path=Path(root) / run_id), clock) for run_id in _run_ids(Path(root))]
-    return sorted(runs, key=lambda run: (run.state.started_s if run.state else 0.0, run.run_id), reverse=True)
+    runs = [_summarise(RunFolder(path=Path(root) / name), clock) for name in _names(Path(root))]
+    return sorted(runs, key=lambda run: (run.state.started_s if run.state else 0.0, run.name), reverse=True)
 
 
 def slug(name: str) -> str:
@@ -310,28 +298,28 @@ def _summarise(folder: RunFolder, clock: Callable[[], float]) -> RunSummary:
         state, fault = folder.state(clock=clock), ""
     except RunFolderError as error:
         state, fault = None, str(error)
-    return RunSummary(run_id=folder.run_id, path=folder.path, state=state, fault=fault, summary=summary)
+    return RunSummary(name=folder.name, path=folder.path, state=state, fault=fault, summary=summary)
 
 
-def _run_ids(root: Path) -> list[str]:
+def _names(root: Path) -> list[str]:
     if not root.is_dir():
         return []
     return sorted(p.name for p in root.iterdir() if not p.is_symlink() and (p / "run.json").is_file())
 
 
-def _match(run: str, run_ids: list[str], root: Path) -> str:
+def _match(run: str, names: list[str], root: Path) -> str:
     """The one id that `run` is or begins."""
-    if run in run_ids:
+    if run in names:
         return run
-    matches = [run_id for run_id in run_ids if run and run_id.startswith(run)]
+    matches = [name for name in names if run and name.startswith(run)]
     if len(matches) == 1:
         return matches[0]
     if matches:
         raise RunFolderError(f"{run!r} begins {len(matches)} runs in {root}: {', '.join(matches[:5])}")
-    if not run_ids:
+    if not names:
         raise RunFolderError(f"no run {run!r}: there is none in {root}")
-    near = difflib.get_close_matches(run, run_ids, n=1, cutoff=0.0)[0]
-    raise RunFolderError(f"no run {run!r} in {root}; the nearest of {len(run_ids)} is {near!r}")
+    near = difflib.get_close_matches(run, names, n=1, cutoff=0.0)[0]
+    raise RunFolderError(f"no run {run!r} in {root}; the nearest of {len(names)} is {near!r}")
 
 
 def _link(link: Path, target: str) -> None:

@@ -100,11 +100,6 @@ class Ledger:
         self._db.close()
         self._lock_file.close()
 
-    @property
-    def issued(self) -> int:
-        """Groups ever issued; the next task of a resumed run follows it."""
-        return self._issued
-
     @contextmanager
     def batch(self) -> Iterator[None]:
         """Make all changes inside one transaction: all of them or, if the block raises, none. Nests."""
@@ -215,6 +210,11 @@ class Ledger:
         """Tasks of the groups in a state, in the order they were issued."""
         rows = self._execute("SELECT task FROM groups WHERE state = ? ORDER BY ordinal", (GroupState(state),))
         return [task_from_json(text) for (text,) in rows]
+
+    def last_issued(self) -> Task | None:
+        """The newest task; a resumed run goes on after it. None in a new ledger."""
+        row = self._execute("SELECT task FROM groups ORDER BY ordinal DESC LIMIT 1").fetchone()
+        return None if row is None else task_from_json(row[0])
 
     def attempts(self, group_id: str) -> int:
         """Leases the group has had."""

@@ -118,6 +118,11 @@ def insert_groups(db: sqlite3.Connection, groups: Iterable[TrajectoryGroup], spl
         if split == "train":
             mark_groups_dropped(db, [group.group_id], "superseded")
         for trajectory in group.trajectories:
+            if split == "eval":
+                db.execute(
+                    "DELETE FROM trajectories WHERE id = ? AND split = 'eval' AND eval_step IS ?",
+                    (trajectory.trajectory_id, eval_step),
+                )
             values = _values(trajectory) | {
                 "group_attempt": group.attempt,
                 "split": split,
