@@ -103,8 +103,9 @@ FRACTIONS = ("learner.optimizer.beta1", "learner.optimizer.beta2")
 """At least 0, less than 1."""
 
 ENV_ID = re.compile(r"([A-Za-z_][\w.]*:)?[\w-]+-v\d+")
-IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-FOLDER_NAME = re.compile(r"\w[\w.-]*")
+IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+NAME = re.compile(r"\w[\w.-]*")
+RUN_NAME = re.compile(r"[a-z0-9-]+")
 FAILPOINT_PHASES = ("reset", "sample", "tool", "commit", "swap")
 
 
@@ -191,10 +192,10 @@ def _check_numbers(config: TrainConfig) -> None:
 
 def _check_names(config: TrainConfig) -> None:
     for key, name in [("env.name", config.env.name), *(("env.mix", name) for name in config.env.mix)]:
-        if not FOLDER_NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             raise ConfigError(f"{key}: the name {name!r} may hold letters, digits, '_', '.' and '-' only")
-    if config.run.name and not FOLDER_NAME.fullmatch(config.run.name):
-        raise ConfigError(f"run.name={config.run.name!r} may hold letters, digits, '_', '.' and '-' only")
+    if config.run.name and (not RUN_NAME.fullmatch(config.run.name) or config.run.name == "latest"):
+        raise ConfigError(f"run.name={config.run.name!r} must be made of a-z, 0-9 and '-', and not be 'latest'")
     ids = {f"env.mix.{name}.id": entry.id for name, entry in config.env.mix.items()} or {"env.id": config.env.id}
     for key, value in ids.items():
         if not value:

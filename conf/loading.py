@@ -42,8 +42,8 @@ def load_config(
 
     `argv` holds hydra overrides ("env=shop_db", "steps=200", "env.mix.shop_db.weight=2"); "env=module:Id-v0" stands for
     env=custom with that id. `search_paths` are folders of the user with more YAML in the same groups. A leading "+" or
-    "++" is allowed and changes nothing: the schema decides which keys exist. `ignored` are beginnings of keys that the
-    command at hand does not read ("sft."); naming one is an error.
+    "++" is allowed and changes nothing: the schema decides which keys exist. `ignored` are beginnings of words that mean
+    nothing to the command at hand ("sft.", "steps="); giving one is an error.
     """
     folders = [CONF_FOLDER, *(Path(path) for path in search_paths)]
     for folder in folders[1:]:
@@ -51,7 +51,7 @@ def load_config(
             raise ConfigError(f"config folder {str(folder)!r} does not exist")
     overrides = _parse(argv)
     for override in overrides:
-        if str(override.key_or_group).startswith(tuple(ignored)):
+        if f"{override.key_or_group}=".startswith(tuple(ignored)):
             raise ConfigError(f"{override.input_line!r} has no effect on this command")
     words = [word for override in overrides for word in _hydra_words(override, folders)]
     if len(folders) > 1:

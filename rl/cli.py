@@ -1,0 +1,268 @@
+"""The `shoal` command. Each subcommand imports what it needs when it runs, so that help and errors come at once.
+
+Exit codes: 0 ok, 1 failed run or check, 2 bad usage or config, 130 interrupted with a checkpoint written.
+"""
+
+import os
+import sys
+import traceback
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from conf.checks import ConfigError, nearest
+from rl.usage import UsageError
+
+INTRODUCTION = """\
+shoal trains hybrid language models with reinforcement learning in tool-using environments, asynchronously.
+
+usage: shoal COMMAND ...      shoal COMMAND --help tells more and shows examples
+
+{commands}
+
+First steps:
+  shoal train env=calculator            train, evaluate on held-out tasks, leave a folder in runs/
+  shoal show latest                     what came of it
+  shoal show latest --traj 1            one episode, word by word
+  shoal train dry_run=true              print every setting with its value, start nothing
+"""
+RUN_HELP = "an id, the unique beginning of one, a path, or 'latest'"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """One subcommand."""
+
+    summary: str
+    examples: str
+    arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code and never shows a traceback for what a user typed."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        width = max(len(name) for name in COMMANDS)
+        listing = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+        print(INTRODUCTION.format(commands=listing), end="")
+        return 0 if words else 2
+    name = words[0]
+    if name not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        print(f"shoal: unknown command {name!r}.{nearest(name, COMMANDS, 0.5)} Commands: {known}", file=sys.stderr)
+        return 2
+    command = COMMANDS[name]
+    parser = ArgumentParser(
+        prog=f"shoal {name}",
+        description=command.summary,
+        epilog=f"examples:\n{command.examples}",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    command.arguments(parser)
+    try:
+        args = parser.parse_args(words[1:]) if name == "bench" else parser.parse_intermixed_args(words[1:])
+    except SystemExit as stop:  # argparse has printed help (0) or what is wrong (2)
+        return int(stop.code or 0)
+    return _guarded(command.run, args)
+
+
+def _guarded(run: Callable[[Namespace], int], args: Namespace) -> int:
+    try:
+        return run(args)
+    except BrokenPipeError:  # the reader of a pipe (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("shoal: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        code = _told(error)
+        if code is None:
+            traceback.print_exc()
+            return 1
+        print(f"shoal: {' '.join(str(error).split())}", file=sys.stderr)
+        return code
+
+
+def _told(error: Exception) -> int | None:
+    """Exit code of an error whose message was written for the user; None for a bug, which shows its traceback."""
+    from envs.errors import MalformedEnvironment, UnknownEnvironment
+
+    if isinstance(error, ConfigError | UsageError | UnknownEnvironment | MalformedEnvironment):
+        return 2
+    ours = type(error).__module__.split(".")[0] in ("rl", "rollout", "envs", "policy", "conf")
+    return 1 if ours or isinstance(error, OSError) else None
+
+
+# --- subcommands ----------------------------------------------------------------------------------------------------
+
+
+def _config_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the defaults")
+    parser.add_argument("--config-dir", "-cd", action="append", default=[], metavar="DIR", help="your own YAML groups")
+
+
+def _train_arguments(parser: ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument("-m", "--multirun", action="store_true", help="run every combination of listed values")
+
+
+def _train(args: Namespace) -> int:
+    from conf.loading import expand_sweep, load_config
+
+    if args.multirun:
+        from rl.sweep import run_sweep
+
+        combinations = expand_sweep(args.overrides)
+        configs = [load_config(words, search_paths=args.config_dir, ignored=("sft.",)) for words in combinations]
+        return run_sweep(combinations, configs, config_dirs=args.config_dir)
+    config = load_config(args.overrides, search_paths=args.config_dir, ignored=("sft.",))
+    from rl.train import train
+
+    return train(config)
+
+
+def _sft(args: Namespace) -> int:
+    from conf.loading import load_config
+
+    config = load_config(args.overrides, search_paths=args.config_dir, ignored=("steps=", "rollout", "cluster"))
+    from rl import sft
+
+    return sft.main(config)
+
+
+def _reader_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line of standard output")
+    parser.add_argument("--root", default="runs", metavar="DIR", help="the folder of all runs (default: runs)")
+
+
+def _run_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    _reader_arguments(parser)
+
+
+def _eval_arguments(parser: ArgumentParser) -> None:
+    _run_arguments(parser)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the run to change")
+
+
+def _eval(args: Namespace) -> int:
+    from rl.evaluate import main as evaluate
+    from rl.show import resolve_run
+
+    folder = resolve_run(args.root, args.run)
+    return evaluate(str(folder.path.absolute()), overrides=args.overrides, root=args.root, as_json=args.json)
+
+
+def _resume_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the run to change")
+    parser.add_argument("--root", default="runs", metavar="DIR", help="the folder of all runs (default: runs)")
+
+
+def _resume(args: Namespace) -> int:
+    from rl.show import resolve_run
+
+    folder = resolve_run(args.root, args.run)
+    from rl.train import resume
+
+    return resume(str(folder.path.absolute()), args.overrides, root=args.root)
+
+
+def _ls(args: Namespace) -> int:
+    from rl.show import list_runs
+
+    return list_runs(args.root, as_json=args.json)
+
+
+def _show_arguments(parser: ArgumentParser) -> None:
+    _run_arguments(parser)
+    parser.add_argument("--traj", metavar="N", help="one episode: its row number, or its id")
+
+
+def _show(args: Namespace) -> int:
+    from rl.show import show_run, show_trajectory
+
+    if args.traj is None:
+        return show_run(args.run, root=args.root, as_json=args.json)
+    return show_trajectory(args.run, args.traj, root=args.root, as_json=args.json)
+
+
+def _env_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("action", choices=["list"])
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line of standard output")
+
+
+def _env(args: Namespace) -> int:
+    from rl.show import list_environments
+
+    return list_environments(as_json=args.json)
+
+
+def _bench_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", help="leave out to list them")
+    parser.add_argument("rest", nargs="...", help="arguments of the benchmark, e.g. --json")
+
+
+def _bench(args: Namespace) -> int:
+    from rl.bench import run_benchmark
+
+    return run_benchmark(args.name, args.rest)
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(
+        summary="train a policy and evaluate it before, during and after",
+        examples="  shoal train env=calculator seed=2\n"
+        "  shoal train env=tool_gate policy=tiny_moe learner=gspo rollout.max_staleness=1\n"
+        "  shoal train env=my_envs:Chess-v0 env.level=2        an environment of yours, importable from here\n"
+        "  shoal train rollout=sync cluster=inprocess          synchronous, in one process: breakpoints work\n"
+        "  shoal train experiment=smoke                        every part once, in seconds\n"
+        "  shoal train -m seed=1,2,3                           three runs, one after the other\n"
+        "  shoal train dry_run=true                            print the settings, start nothing",
+        arguments=_train_arguments,
+        run=_train,
+    ),
+    "resume": Command(
+        summary="continue an interrupted run from its last checkpoint",
+        examples="  shoal resume latest\n  shoal resume 20261123-1502-calc steps=200",
+        arguments=_resume_arguments,
+        run=_resume,
+    ),
+    "eval": Command(
+        summary="evaluate a run's newest checkpoint on held-out tasks",
+        examples="  shoal eval latest --json\n  shoal eval latest evaluation.final_tasks=2000",
+        arguments=_eval_arguments,
+        run=_eval,
+    ),
+    "sft": Command(
+        summary="make warm-start weights from an environment's demonstrations",
+        examples="  shoal sft env=calculator sft.steps=420 sft.output=warm.safetensors",
+        arguments=_config_arguments,
+        run=_sft,
+    ),
+    "ls": Command(summary="list runs", examples="  shoal ls\n  shoal ls --json", arguments=_reader_arguments, run=_ls),
+    "show": Command(
+        summary="what a run did, or one of its episodes",
+        examples="  shoal show latest\n  shoal show latest --traj 1\n  shoal show latest --traj train/calculator/17/3",
+        arguments=_show_arguments,
+        run=_show,
+    ),
+    "env": Command(
+        summary="list environments",
+        examples="  shoal env list\n  shoal env list --json",
+        arguments=_env_arguments,
+        run=_env,
+    ),
+    "bench": Command(
+        summary="run a benchmark of the checkout",
+        examples="  shoal bench\n  shoal bench async --json",
+        arguments=_bench_arguments,
+        run=_bench,
+    ),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
