@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from policy.norm import l2_norm, rms_norm
+from policy.norm import Gain, l2_norm, rms_norm
 from policy.packing import Packing, place_rows, spread_rows, take_rows
 
 if TYPE_CHECKING:
@@ -143,8 +143,7 @@ class GatedDeltaNet(nn.Module):
         self.dt_bias = nn.Parameter(torch.ones(self.num_heads))
         # Rates from nearly nothing to 16 per unit of time: some heads remember, some forget at once.
         self.A_log = nn.Parameter(torch.empty(self.num_heads).uniform_(0.01, 16).log_())
-        self.norm = nn.Module()
-        self.norm.weight = nn.Parameter(torch.ones(self.value_dim))
+        self.norm = Gain(self.value_dim)
         self.out_proj = nn.Linear(values, config.hidden_size, bias=False)
 
     def new_state(self, num_slots: int) -> DeltaNetState:
@@ -195,7 +194,8 @@ class GatedDeltaNet(nn.Module):
             cached.conv.index_copy_(0, slots, inputs[window])
         weight = self.conv1d.weight.float()[:, 0]
         rows = inputs.shape[0] - self.kernel + 1
-        return F.silu(sum(inputs[j : j + rows] * weight[:, j] for j in range(self.kernel)))
+        shifted = [inputs[j : j + rows] * weight[:, j] for j in range(self.kernel)]
+        return F.silu(torch.stack(shifted).sum(0))
 
     def _to_chunks(self, y: Tensor, packing: Packing) -> Tensor:
         """(rows of the convolution, heads, dim) -> (M, heads, C, dim)."""

@@ -9,14 +9,15 @@ with equal weights the logits are equal (tests/test_policy_hybrid.py).
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import LongTensor, Tensor, nn
+from torch import Tensor, nn
 
-from policy.attention import Attention, AttentionDecodeWeights, rotary_tables
+from policy.attention import Attention, AttentionDecodeWeights, AttentionStep, rotary_tables
 from policy.cache import HybridCache, LayerState
-from policy.gated_delta_net import CHUNK_SIZE, DeltaNetDecodeWeights, GatedDeltaNet
+from policy.gated_delta_net import CHUNK_SIZE, DeltaNetDecodeWeights, DeltaNetState, GatedDeltaNet
 from policy.hybrid_config import LINEAR, PRESETS, HybridConfig
 from policy.moe import Mlp, MlpDecodeWeights, MoeDecodeWeights, SparseMoe
 from policy.norm import RmsNorm
@@ -36,6 +37,17 @@ class HybridOutput:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PackedStep:
+    """What all layers of one packed pass share."""
+
+    packing: Packing
+    rotary: tuple[Tensor, Tensor]
+    """cos, sin (T, 1, rotary_dim / 2)."""
+    slots: Tensor | None
+    """(N,) slot of each sequence; None without a cache."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LayerDecodeWeights:
     """One layer, merged for single-token steps."""
 
@@ -51,7 +63,7 @@ class DecodeWeights:
     layers: list[LayerDecodeWeights]
     head: Tensor
     """(D, V), the gain of the last norm folded in."""
-    parameters: list[Tensor]
+    parameters: list[nn.Parameter]
     made_from: int
     """Sum of the parameters' version counters, which every in-place change raises."""
 
@@ -61,6 +73,7 @@ class HybridLayer(nn.Module):
 
     def __init__(self, config: HybridConfig, kind: str) -> None:
         super().__init__()
+        self.eps = config.rms_norm_eps
         if kind == LINEAR:
             self.linear_attn = GatedDeltaNet(config)
         else:
@@ -70,14 +83,48 @@ class HybridLayer(nn.Module):
         self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
 
+    def forward(
+        self, x: Tensor, step: PackedStep, state: LayerState | None, replay: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x (T, D) -> (T, D) and the routes (T, k) of a sparse layer."""
+        h = self.input_layernorm(x)
+        if self.is_linear:
+            x = x + self.linear_attn(h, step.packing, state, step.slots)
+        else:
+            x = x + self.self_attn(h, step.packing, step.rotary, state)
+        h = self.post_attention_layernorm(x)
+        if isinstance(self.mlp, Mlp):
+            return x + self.mlp(h), None
+        h, routes = self.mlp(h, replay)
+        return x + h, routes
+
     @torch.no_grad()
     def decode_weights(self) -> LayerDecodeWeights:
         gain = 1 + self.input_layernorm.weight.float()
-        mixer = self.linear_attn if self.is_linear else self.self_attn
         return LayerDecodeWeights(
-            mixer=mixer.decode_weights(gain),
+            mixer=self.linear_attn.decode_weights(gain) if self.is_linear else self.self_attn.decode_weights(gain),
             feed_forward=self.mlp.decode_weights(1 + self.post_attention_layernorm.weight.float()),
         )
+
+    def decode(
+        self, x: Tensor, weights: LayerDecodeWeights, step: AttentionStep, state: LayerState
+    ) -> tuple[Tensor, Tensor | None]:
+        """x (B, D) -> (B, D) and the routes (B, k) of a sparse layer."""
+        if isinstance(state, DeltaNetState):
+            assert isinstance(weights.mixer, DeltaNetDecodeWeights)
+            x = self.linear_attn.decode(x, weights.mixer, state)
+        else:
+            assert isinstance(weights.mixer, AttentionDecodeWeights)
+            x = self.self_attn.decode(x, weights.mixer, step, state)
+        if weights.feed_forward is None:
+            h, routes = self.mlp(self.post_attention_layernorm(x), None)
+            return x + h, routes
+        normed = F.rms_norm(x, x.shape[1:], None, self.eps)
+        if isinstance(self.mlp, Mlp):
+            assert isinstance(weights.feed_forward, MlpDecodeWeights)
+            return self.mlp.decode(x, normed, weights.feed_forward), None
+        assert isinstance(weights.feed_forward, MoeDecodeWeights)
+        return self.mlp.decode(x, normed, weights.feed_forward)
 
 
 class HybridBackbone(nn.Module):
@@ -113,6 +160,10 @@ class HybridModel(nn.Module):
                 parameter.normal_(0.0, self.config.initializer_range)
 
     @property
+    def layers(self) -> list[HybridLayer]:
+        return cast("list[HybridLayer]", list(self.model.layers))  # ModuleList does not say what it holds
+
+    @property
     def device(self) -> torch.device:
         return self.model.embed_tokens.weight.device
 
@@ -123,13 +174,13 @@ class HybridModel(nn.Module):
 
     def forward(
         self,
-        token_ids: LongTensor,
-        sequence_starts: LongTensor,
+        token_ids: Tensor,
+        sequence_starts: Tensor,
         *,
         cache: HybridCache | None = None,
         slots: list[int] | None = None,
-        routed_experts: LongTensor | None = None,
-        logits_at: LongTensor | None = None,
+        routed_experts: Tensor | None = None,
+        logits_at: Tensor | None = None,
     ) -> HybridOutput:
         """One pass over packed sequences; nothing crosses from one to the next.
 
@@ -143,12 +194,13 @@ class HybridModel(nn.Module):
         packing = Packing.create(
             sequence_starts.tolist(),
             past,
+            slots,
             kernel=self.config.linear_conv_kernel_dim,
             chunk_size=CHUNK_SIZE,
             device=self.device,
         )
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            x, routes = self._layers(token_ids, packing, cache, slots, routed_experts)
+            x, routes = self._run_layers(token_ids, packing, cache, routed_experts)
             x = x if logits_at is None else x.index_select(0, logits_at)
             logits = F.linear(self.model.norm(x), self.head).float()
         if cache is not None and slots is not None:
@@ -156,38 +208,23 @@ class HybridModel(nn.Module):
                 cache.lengths[slot] += length
         return HybridOutput(logits=logits, routed_experts=routes)
 
-    def _layers(
-        self,
-        token_ids: Tensor,
-        packing: Packing,
-        cache: HybridCache | None,
-        slots: list[int] | None,
-        replay: Tensor | None,
+    def _run_layers(
+        self, token_ids: Tensor, packing: Packing, cache: HybridCache | None, replay: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Embedding and all layers: (T, D) and the routes."""
+        """Embedding and all layers: (T, D) and the routes (T, M, k)."""
         x = F.embedding(token_ids, self.model.embed_tokens.weight)
-        rotary = self._rotary(packing.positions, x.dtype)
-        slot_index = None if slots is None else torch.tensor(slots, device=x.device)
-        routes = []
-        for i, layer in enumerate(self.model.layers):
-            state = None if cache is None else cache.layers[i]
-            h = layer.input_layernorm(x)
-            if layer.is_linear:
-                x = x + layer.linear_attn(h, packing, state, slot_index)
-            else:
-                x = x + layer.self_attn(h, packing, rotary, state, slots)
-            h = layer.post_attention_layernorm(x)
-            if self.config.num_experts:
-                h, chosen = layer.mlp(h, None if replay is None else replay[:, len(routes)])
-                routes.append(chosen)
-            else:
-                h = layer.mlp(h)
-            x = x + h
-        return x, torch.stack(routes, 1) if routes else None
-
-    def _rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        cos, sin = rotary_tables(positions, self.config.rotary_dim, self.config.rope_theta)
-        return cos.unsqueeze(1).to(dtype), sin.unsqueeze(1).to(dtype)
+        step = PackedStep(
+            packing=packing,
+            rotary=rotary_tables(packing.positions, self.config.rotary_dim, self.config.rope_theta, x.dtype),
+            slots=None if packing.slots is None else torch.tensor(packing.slots, device=x.device),
+        )
+        chosen = []
+        for i, layer in enumerate(self.layers):
+            x, routes = layer(
+                x, step, None if cache is None else cache.layers[i], None if replay is None else replay[:, i]
+            )
+            chosen.append(routes)
+        return x, torch.stack(chosen, 1) if self.config.num_experts else None
 
     def _past(
         self, token_ids: Tensor, sequence_starts: Tensor, cache: HybridCache | None, slots: list[int] | None
@@ -214,7 +251,8 @@ class HybridModel(nn.Module):
                 f"routed_experts has shape {tuple(routed_experts.shape)}, "
                 f"expected (tokens, {self.config.num_sparse_layers} sparse layers, experts per token)"
             )
-        for layer, replay in zip(self.model.layers, routed_experts.unbind(1), strict=True):
+        for layer, replay in zip(self.layers, routed_experts.unbind(1), strict=True):
+            assert isinstance(layer.mlp, SparseMoe)
             layer.mlp.check_replay(replay, num_tokens)
 
     def new_cache(self, num_slots: int, max_tokens: int) -> HybridCache:
@@ -223,61 +261,40 @@ class HybridModel(nn.Module):
             layer.linear_attn.new_state(num_slots)
             if layer.is_linear
             else layer.self_attn.new_state(num_slots, max_tokens)
-            for layer in self.model.layers
+            for layer in self.layers
         ]
         return HybridCache(layers, num_slots=num_slots, max_tokens=max_tokens)
 
     @torch.no_grad()
-    def refresh_decode_weights(self) -> None:
+    def refresh_decode_weights(self) -> DecodeWeights:
         """Merge the present weights for decoding. `decode` does it by itself after any in-place change of a weight."""
         parameters = list(self.parameters())
         self._decode = DecodeWeights(
-            layers=[layer.decode_weights() for layer in self.model.layers],
+            layers=[layer.decode_weights() for layer in self.layers],
             head=(self.head.float() * (1 + self.model.norm.weight.float())).t().contiguous(),
             parameters=parameters,
             made_from=sum(p._version for p in parameters),
         )
+        return self._decode
 
     @torch.no_grad()
-    def decode(self, token_ids: LongTensor, cache: HybridCache) -> HybridOutput:
+    def decode(self, token_ids: Tensor, cache: HybridCache) -> HybridOutput:
         """One token (B,) for each of the first B slots; their states advance in place."""
         size = token_ids.shape[0]
-        lengths = cache.lengths[:size]
-        longest = max(lengths) + 1
-        if longest > cache.max_tokens:
-            raise ValueError(f"slot {lengths.index(longest - 1)} is full: {cache.max_tokens} tokens")
+        if max(cache.lengths[:size]) >= cache.max_tokens:
+            raise ValueError(
+                f"slot {cache.lengths.index(max(cache.lengths[:size]))} is full: {cache.max_tokens} tokens"
+            )
         merged = self._decode
         if merged is None or merged.made_from != sum([p._version for p in merged.parameters]):
-            self.refresh_decode_weights()
-            assert self._decode is not None
-            merged = self._decode
+            merged = self.refresh_decode_weights()
         x = F.embedding(token_ids, self.model.embed_tokens.weight).float()
-        positions = torch.tensor(lengths, device=x.device)
-        rotary = self._rotary(positions, x.dtype)
-        groups = self.config.num_key_value_heads
-        write_rows = (torch.arange(size * groups, device=x.device).view(size, groups) * cache.max_tokens) + positions[
-            :, None
-        ]
-        hidden_keys = torch.arange(longest, device=x.device) > positions[:, None]
-        mask = torch.zeros(size, 1, longest, device=x.device).masked_fill_(hidden_keys.unsqueeze(1), -torch.inf)
-        routes = []
-        for layer, weights, state in zip(self.model.layers, merged.layers, cache.layers, strict=True):
-            if layer.is_linear:
-                x = layer.linear_attn.decode(x, weights.mixer, state)
-            else:
-                x = layer.self_attn.decode(x, weights.mixer, rotary, state, write_rows.flatten(), mask)
-            if not self.config.num_experts:
-                normed = F.rms_norm(x, x.shape[1:], None, self.config.rms_norm_eps)
-                x = layer.mlp.decode(x, normed, weights.feed_forward)
-                continue
-            if weights.feed_forward is None:
-                h, chosen = layer.mlp(layer.post_attention_layernorm(x), None)
-                x = x + h
-            else:
-                normed = F.rms_norm(x, x.shape[1:], None, self.config.rms_norm_eps)
-                x, chosen = layer.mlp.decode(x, normed, weights.feed_forward)
-            routes.append(chosen)
+        step = AttentionStep.create(cache.lengths[:size], self.config, max_tokens=cache.max_tokens, device=x.device)
+        chosen = []
+        for layer, weights, state in zip(self.layers, merged.layers, cache.layers, strict=True):
+            x, routes = layer.decode(x, weights, step, state)
+            chosen.append(routes)
         logits = F.rms_norm(x, x.shape[1:], None, self.config.rms_norm_eps) @ merged.head
         for slot in range(size):
             cache.lengths[slot] += 1
-        return HybridOutput(logits=logits, routed_experts=torch.stack(routes, 1) if routes else None)
+        return HybridOutput(logits=logits, routed_experts=torch.stack(chosen, 1) if self.config.num_experts else None)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def processed_logits(logits: Tensor, temperature: float | Tensor, banned: Tensor | None) -> Tensor:
-    """logits (N, V) of the distribution that is sampled, fp32; temperature a number or (N,); banned (V,) or (N, V) bool."""
+    """logits (N, V) of the sampled distribution, fp32; temperature a number or (N,); banned (V,) or (N, V) bool."""
     scale = torch.as_tensor(temperature, dtype=torch.float32, device=logits.device)
     scale = torch.where(scale == 0, 1.0, scale)
     logits = logits.float() / (scale.unsqueeze(-1) if scale.dim() else scale)
@@ -29,31 +29,3 @@ def token_logprobs(
     # p log p -> 0 where p is 0; -inf is replaced before the product, for its gradient would be NaN.
     finite = logprobs if banned is None else logprobs.masked_fill(banned, 0.0)
     return chosen, -(logprobs.exp() * finite).sum(-1)
-
-
-def truncate(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:
-    """One row's logits (V,) with everything outside the top-k tokens and the top-p nucleus at -inf.
-
-    0 and 1 = off. The nucleus is the smallest set of likeliest tokens whose probabilities sum to at least top_p.
-    """
-    if top_k:
-        kept = logits.topk(min(top_k, logits.shape[-1])).values[-1]
-        logits = logits.masked_fill(logits < kept, -torch.inf)
-    if top_p < 1.0:
-        ranked, order = logits.sort(descending=True)
-        probabilities = ranked.softmax(-1)
-        outside = probabilities.cumsum(-1) - probabilities >= top_p
-        logits = logits.masked_fill(torch.zeros_like(outside).scatter_(0, order, outside), -torch.inf)
-    return logits
-
-
-def sample_inverse(logprobs: Tensor, uniform: Tensor) -> Tensor:
-    """Token ids (N,) by inversion: the first token whose cumulative probability exceeds uniform (N,) in [0, 1).
-
-    Row i depends on uniform[i] and its own distribution alone, so a request's own random stream gives the same tokens
-    in every batch. logprobs (N, V) may hold -inf; such a token is never returned.
-    """
-    probabilities = logprobs.double().exp()
-    cumulative = probabilities.cumsum(-1)
-    threshold = uniform.double().unsqueeze(-1) * cumulative[:, -1:]
-    return (cumulative <= threshold).sum(-1).clamp_(max=logprobs.shape[-1] - 1)

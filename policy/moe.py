@@ -58,6 +58,23 @@ class Mlp(nn.Module):
         return torch.addmm(x, F.silu(gate) * up, weights.output)
 
 
+class Router(nn.Module):
+    """(E, D) scores of the experts."""
+
+    def __init__(self, num_experts: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_experts, hidden_size))
+
+
+class Experts(nn.Module):
+    """All routed experts in two tensors."""
+
+    def __init__(self, num_experts: int, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(num_experts, 2 * width, hidden_size))
+        self.down_proj = nn.Parameter(torch.zeros(num_experts, hidden_size, width))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoeDecodeWeights:
     """All experts, the shared one first, as one wide MLP whose hidden units are scaled by the routing weights."""
@@ -75,11 +92,8 @@ class SparseMoe(nn.Module):
         super().__init__()
         hidden, width = config.hidden_size, config.moe_intermediate_size
         self.num_experts, self.top_k = config.num_experts, config.num_experts_per_tok
-        self.gate = nn.Module()
-        self.gate.weight = nn.Parameter(torch.zeros(self.num_experts, hidden))
-        self.experts = nn.Module()
-        self.experts.gate_up_proj = nn.Parameter(torch.zeros(self.num_experts, 2 * width, hidden))
-        self.experts.down_proj = nn.Parameter(torch.zeros(self.num_experts, hidden, width))
+        self.gate = Router(self.num_experts, hidden)
+        self.experts = Experts(self.num_experts, hidden, width)
         self.shared_expert = Mlp(hidden, config.shared_expert_intermediate_size)
         self.shared_expert_gate = nn.Linear(hidden, 1, bias=False)
 

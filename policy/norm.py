@@ -34,6 +34,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (_Normalise.apply(x.float(), float(x.shape[-1]), eps) * weight).to(x.dtype)  # type: ignore[operator]
 
 
+class Gain(nn.Module):
+    """The gain of an RMS norm that begins at one."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+
 class RmsNorm(nn.Module):
     """RMS norm with gain 1 + weight, so that zeros are the identity (Qwen3.5's convention)."""
 

@@ -42,6 +42,8 @@ class Packing:
     """(N) tokens of each sequence in this pass, all >= 1."""
     past: list[int]
     """(N) tokens of each sequence that the cache already holds."""
+    slots: list[int] | None
+    """(N) cache slot of each sequence; None without a cache."""
     positions: Tensor
     """(T,) position of each token in its conversation."""
     conv_rows: Tensor
@@ -60,7 +62,15 @@ class Packing:
     buckets: list[Bucket]
 
     @staticmethod
-    def create(starts: Sequence[int], past: Sequence[int], *, kernel: int, chunk_size: int, device: Any) -> "Packing":
+    def create(
+        starts: Sequence[int],
+        past: Sequence[int],
+        slots: Sequence[int] | None,
+        *,
+        kernel: int,
+        chunk_size: int,
+        device: torch.device,
+    ) -> "Packing":
         """Layouts of sequences that begin at `starts[:-1]`; `starts[-1]` = T."""
         lengths = [end - start for start, end in pairwise(starts)]
         if not lengths or starts[0] != 0 or min(lengths) < 1:
@@ -81,11 +91,13 @@ class Packing:
         token_of_chunk_row[chunk_rows] = torch.arange(starts[-1])
 
         context = kernel - 1
+        keys = [length + held for length, held in zip(lengths, past, strict=True)]
         begin_N = torch.tensor(starts[:-1]) + context * torch.arange(len(lengths))
         return Packing(
             num_tokens=starts[-1],
             lengths=lengths,
             past=list(past),
+            slots=None if slots is None else list(slots),
             positions=(past_N[sequence_T] + offset_T).to(device),
             conv_rows=(torch.arange(starts[-1]) + context * (sequence_T + 1)).to(device),
             context_rows=(begin_N[:, None] + torch.arange(context)).flatten().to(device),
@@ -94,24 +106,27 @@ class Packing:
             token_of_chunk_row=token_of_chunk_row.to(device),
             alive=alive,
             order=order.to(device),
-            buckets=[_bucket(group, starts, past, device) for group in _similar(lengths, past)],
+            buckets=[_bucket(group, starts, past, device) for group in similar_lengths(keys)],
         )
 
 
-def _similar(lengths: Sequence[int], past: Sequence[int]) -> list[list[int]]:
-    """Groups of sequences, longest first; within a group no one has less than half the keys of the longest."""
+def similar_lengths(lengths: Sequence[int], *, max_padded: int = 0) -> list[list[int]]:
+    """Groups of indices by falling length, none of a group shorter than half of its longest.
+
+    max_padded > 0 also limits a group's size times its longest.
+    """
     groups: list[list[int]] = []
     longest = 0
-    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i] + past[i], lengths[i]), reverse=True):
-        size = lengths[index] + past[index]
-        if not groups or 2 * size < longest:
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        full = max_padded and groups and (len(groups[-1]) + 1) * longest > max_padded
+        if not groups or full or 2 * lengths[index] < longest:
             groups.append([])
-            longest = size
+            longest = lengths[index]
         groups[-1].append(index)
     return groups
 
 
-def _bucket(group: list[int], starts: Sequence[int], past: Sequence[int], device: Any) -> Bucket:
+def _bucket(group: list[int], starts: Sequence[int], past: Sequence[int], device: torch.device) -> Bucket:
     begin = torch.tensor([starts[i] for i in group])
     length = torch.tensor([starts[i + 1] - starts[i] for i in group])
     column = torch.arange(int(length.max()))
