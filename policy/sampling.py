@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from policy.engine import SamplingSpec
+from policy.logprobs import processed_logits
 
 _MASK = (1 << 64) - 1
 _STRIDE = 0x9E3779B97F4A7C15
@@ -56,46 +57,43 @@ class SamplingRows:
 
     def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
-        self._temperature = torch.ones(num_rows, 1, device=device)
-        self._banned: torch.Tensor | None = None  # (R, V) bool, made when the first request bans something
+        self._temperature = torch.ones(num_rows, device=device)
+        self._banned: torch.Tensor | None = None
+        """(R, V), made when the first request bans something."""
         self._top_k = np.zeros(num_rows, np.int64)
         self._top_p = np.ones(num_rows, np.float64)
         self._keys = np.zeros(num_rows, np.uint64)
-        # What is used at all, so that a step skips what nobody asked for.
-        self._scales = np.zeros(num_rows, bool)
-        self._bans = np.zeros(num_rows, bool)
+        # Who uses them, so that a step skips what nobody asked for.
         self._filters = np.zeros(num_rows, bool)
         self._greedy = np.zeros(num_rows, bool)
 
     def put(self, row: int, spec: SamplingSpec, key: int) -> None:
         greedy = spec.temperature == 0
         self._greedy[row] = greedy
-        self._scales[row] = not greedy and spec.temperature != 1
-        self._temperature[row] = 1.0 if greedy else spec.temperature
+        self._temperature[row] = spec.temperature
         self._top_k[row] = spec.top_k or self._vocab_size
         self._top_p[row] = spec.top_p
         self._filters[row] = not greedy and (spec.top_k > 0 or spec.top_p < 1)
         self._keys[row] = key
-        self._bans[row] = bool(spec.banned_token_ids)
-        if spec.banned_token_ids:
-            if self._banned is None:
-                self._banned = torch.zeros(
-                    len(self._keys), self._vocab_size, dtype=torch.bool, device=self._temperature.device
-                )
+        if self._banned is None and spec.banned_token_ids:
+            shape, device = (len(self._keys), self._vocab_size), self._temperature.device
+            self._banned = torch.zeros(shape, dtype=torch.bool, device=device)
+        if self._banned is not None:
             self._banned[row] = False
             self._banned[row, list(spec.banned_token_ids)] = True
 
     def move(self, source: int, target: int) -> None:
-        for column in (self._top_k, self._top_p, self._keys, self._scales, self._bans, self._filters, self._greedy):
+        for column in (self._top_k, self._top_p, self._keys, self._filters, self._greedy):
             column[target] = column[source]
         self._temperature[target] = self._temperature[source]
-        if self._banned is not None and self._bans[source]:
+        if self._banned is not None:
             self._banned[target] = self._banned[source]
 
     def draw(self, logits: torch.Tensor, first: int, counters: np.ndarray) -> Draw:
         """Draw for rows [first, first + B) from `logits` (B, V); `counters` (B,) = tokens drawn before this one."""
         last = first + len(logits)
-        scaled = self._processed(logits.float(), first, last)
+        banned = None if self._banned is None else self._banned[first:last]
+        scaled = processed_logits(logits, self._temperature[first:last], banned)
         logprobs = torch.log_softmax(scaled, -1)
         probs = logprobs.exp()
         if self._filters[first:last].any():
@@ -115,19 +113,10 @@ class SamplingRows:
         chosen = logprobs.gather(-1, token_ids)
         return Draw(token_ids=token_ids.squeeze(1).cpu().numpy(), logprobs=chosen.squeeze(1).cpu().numpy())
 
-    def _processed(self, logits: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        """Logits at their temperature without the banned tokens, as the learner sees them: (B, V) fp32."""
-        if self._scales[first:last].any():
-            logits = logits / self._temperature[first:last]
-        if self._banned is not None and self._bans[first:last].any():
-            bans = torch.from_numpy(self._bans[first:last]).to(logits.device).unsqueeze(1)
-            logits = logits.masked_fill(self._banned[first:last] & bans, -torch.inf)
-        return logits
-
     def _filter(self, probs: torch.Tensor, first: int) -> None:
         """Set to 0, in place, what top-k and then top-p of the rows that use them leave out. probs (B, V)."""
         rows = np.flatnonzero(self._filters[first : first + len(probs)])
-        ordered, order = probs[rows].sort(-1, descending=True, stable=True)
+        ordered, order = probs[rows].sort(dim=-1, descending=True, stable=True)
         top_k = torch.from_numpy(self._top_k[first + rows]).to(probs.device).unsqueeze(1)
         ordered[torch.arange(probs.shape[1], device=probs.device) >= top_k] = 0
         top_p = torch.from_numpy(self._top_p[first + rows]).to(probs.device).unsqueeze(1)

@@ -59,13 +59,18 @@ class ScriptedEngine:
         max_model_tokens: int = 256,
         expected: Mapping[str, tuple[tuple[int, ...], str]] | None = None,
         logprob: float = -0.5,
+        token_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`expected` {name: (shape, dtype)} is what snapshots are checked against; None = whatever they bring."""
+        """`expected` {name: (shape, dtype)} is what snapshots are checked against; None = whatever they bring.
+
+        `token_s` is the real time of a token; 0 = one turn of the event loop.
+        """
         self._script = script
         self._vocab_size = vocab_size
         self._expected = expected
         self._logprob = logprob
+        self._token_s = token_s
         self._clock = clock
         self._capabilities = EngineCapabilities(
             name="scripted", max_model_tokens=max_model_tokens, logprob_tolerance=float("inf")
@@ -113,7 +118,7 @@ class ScriptedEngine:
         versions: list[int] = []
         reason: FinishReason | None = None
         while reason is None:
-            await asyncio.sleep(0)
+            await asyncio.sleep(self._token_s)
             if self._closed:
                 raise EngineClosed("the engine is closed")
             if self._aborted[request.request_id]:
