@@ -1,0 +1,91 @@
+"""Group-relative advantages: how much better a trajectory did than others on the same task.
+
+A reward of None marks an invalid member (failed episode, bad row). It takes no part in mean or deviation and its
+advantage is None, so [1, 3, 2, None] gives what [1, 3, 2] gives. Fewer than two valid members teach nothing: all None.
+An own function has the same shape: (rewards of one group) -> advantages, None where the reward is None.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+Rewards = Sequence[float | None]
+AdvantageFunction = Callable[[Rewards], Sequence[float | None]]
+
+EQUAL = 1e-6
+"""Rewards this close are equal; a reward this close to 1 is correct."""
+
+
+def grpo(rewards: Rewards) -> list[float | None]:
+    """A_i = (r_i - mean(r)) / (std(r) + 1e-6), with the unbiased std; 0 where all rewards are equal.
+
+    Source: GRPO, arXiv 2402.03300, section 4.1.2. Example: grpo([1, 3, 2, None]) -> [-1.0, 1.0, 0.0, None]
+    """
+    return _relative(rewards, divide_by_std=True)
+
+
+def dr_grpo(rewards: Rewards) -> list[float | None]:
+    """A_i = r_i - mean(r): no division, which would favour very easy and very hard tasks.
+
+    Source: Dr. GRPO, arXiv 2503.20783, section 3.2. Example: dr_grpo([1, 3, 2, None]) -> [-1.0, 1.0, 0.0, None]
+    """
+    return _relative(rewards, divide_by_std=False)
+
+
+ADVANTAGES: dict[str, AdvantageFunction] = {"grpo": grpo, "dr_grpo": dr_grpo}
+
+
+def _relative(rewards: Rewards, *, divide_by_std: bool) -> list[float | None]:
+    valid = np.array([reward for reward in rewards if reward is not None], dtype=np.float64)
+    if valid.size < 2:
+        return [None] * len(rewards)
+    if np.ptp(valid) <= EQUAL:  # exactly 0, not the rounding error of the mean
+        return [None if reward is None else 0.0 for reward in rewards]
+    scale = valid.std(ddof=1) + EQUAL if divide_by_std else 1.0
+    mean = valid.mean()
+    return [None if reward is None else float((reward - mean) / scale) for reward in rewards]
+
+
+def shaped_rewards(rewards: Rewards, num_calls: Sequence[int], *, tool_cost: float) -> list[float | None]:
+    """Rewards of one group after the price of tool calls that were not needed.
+
+        extra_i = calls_i - min(calls of correct members)                for correct members (reward >= 1 - 1e-6)
+        cost_i  = min(tool_cost * extra_i, (1 - best wrong reward) / 2)
+        r'_i    = r_i - s * cost_i                                       wrong members keep their reward
+
+    s = 1 where every member is correct. With a wrong member in the group, s in [0, 1] is the largest factor that
+    leaves each correct member at or above the mean of the group.
+
+    What follows. (1) A wrong trajectory never pays, so an all-wrong group stays without signal and "never call, be
+    wrong" gains nothing. (2) A correct one is worth more than every wrong one, however often it called. (3) Its
+    advantage is never negative while a wrong one exists: first be right, then be brief. The fewer members fail, the
+    smaller the factor s, until none fails and the whole price counts. (4) A group that is all correct but differs in
+    calls has a signal although its rewards are equal. After the division by the deviation (grpo) the price's size
+    hardly matters in such a group, its order does.
+
+    Source: AdaTIR, arXiv 2601.14696: cost on correct rollouts of easy tasks only, clipped so that correctness keeps
+    its sign. Ours differs: linear in the calls beyond the fewest correct (their sine of all calls over the limit also
+    charges calls that the task needs); (3) replaces their threshold on the group's success rate and acts on rewards,
+    so it holds for every advantage that is monotone around the mean.
+
+    Example: shaped_rewards([1, 1, 1], [0, 1, 2], tool_cost=0.2) -> [1.0, 0.8, 0.6]
+    Example: shaped_rewards([1, 1, 0, 0], [0, 9, 0, 9], tool_cost=0.2) -> [1.0, 0.5, 0, 0]
+    """
+    valid = {i: reward for i, reward in enumerate(rewards) if reward is not None}
+    correct = {i: reward for i, reward in valid.items() if reward >= 1.0 - EQUAL}
+    wrong = [reward for reward in valid.values() if reward < 1.0 - EQUAL]
+    if tool_cost == 0.0 or not correct:
+        return list(rewards)
+    fewest = min(num_calls[i] for i in correct)
+    cap = (1.0 - max(wrong, default=0.0)) / 2
+    costs = {i: min(tool_cost * (num_calls[i] - fewest), cap) for i in correct}
+    factor = _sign_keeping_factor(valid, costs) if wrong else 1.0
+    return [reward if i not in costs else correct[i] - factor * costs[i] for i, reward in enumerate(rewards)]
+
+
+def _sign_keeping_factor(valid: dict[int, float], costs: dict[int, float]) -> float:
+    """Largest s in [0, 1] with r_i - s * cost_i >= mean(r') for every correct i; mean(r') falls with s too."""
+    mean_reward = sum(valid.values()) / len(valid)
+    mean_cost = sum(costs.values()) / len(valid)
+    room = [max(0.0, valid[i] - mean_reward) / (cost - mean_cost) for i, cost in costs.items() if cost > mean_cost]
+    return min([1.0, *room])
