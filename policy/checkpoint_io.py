@@ -12,28 +12,27 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from policy.hybrid import HybridModel
 from policy.hybrid_config import COMPOSITE_TYPES, HybridConfig
-from policy.model import PolicyModel
 from policy.weight_store import WeightSyncError
 
 _EXPERT = re.compile(r"(?P<stem>.*\.experts)\.(?P<index>\d+)\.(?P<part>gate|up|down)_proj\.weight")
 
 
-def expected_tensors(model: PolicyModel) -> dict[str, tuple[tuple[int, ...], str]]:
+def expected_tensors(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
     """{name: (shape, numpy dtype)} of the model's weights; a tied head appears once, as the embedding."""
     return {name: (tuple(p.shape), str(p.dtype).removeprefix("torch.")) for name, p in model.named_parameters()}
 
 
-def to_numpy_tensors(model: PolicyModel) -> dict[str, np.ndarray]:
+def to_numpy_tensors(model: nn.Module) -> dict[str, np.ndarray]:
     """Copies of the model's weights; later updates of the model do not change them."""
     return {name: p.detach().cpu().numpy().copy() for name, p in model.named_parameters()}
 
 
 @torch.no_grad()
-def load_numpy_tensors(model: PolicyModel, tensors: Mapping[str, np.ndarray]) -> None:
+def load_numpy_tensors(model: nn.Module, tensors: Mapping[str, np.ndarray]) -> None:
     """Copy `tensors` into the model in place, all or none.
 
     Raises `WeightSyncError` naming the first tensor that is missing, unknown, of another shape or not finite.
@@ -50,7 +49,6 @@ def load_numpy_tensors(model: PolicyModel, tensors: Mapping[str, np.ndarray]) ->
             raise WeightSyncError(f"{name!r} holds values that are not finite")
     for name, parameter in parameters.items():
         parameter.copy_(torch.from_numpy(np.ascontiguousarray(tensors[name])))
-    model.refresh_decode_weights()
 
 
 def save_model(model: HybridModel, folder: str | Path) -> None:

@@ -69,7 +69,7 @@ def _nbytes(value: Any) -> int:
     return sum(map(_nbytes, value)) if isinstance(value, list | tuple) else 0
 
 
-class HfModel(nn.Module):
+class HfModel(PolicyModel[HfCache]):
     """`PolicyModel` on a transformers model; its weights keep their transformers names."""
 
     def __init__(self, inner: Any) -> None:

@@ -19,6 +19,7 @@ from policy.attention import Attention, AttentionDecodeWeights, AttentionStep, r
 from policy.cache import HybridCache, LayerState
 from policy.gated_delta_net import CHUNK_SIZE, DeltaNetDecodeWeights, DeltaNetState, GatedDeltaNet
 from policy.hybrid_config import LINEAR, PRESETS, HybridConfig
+from policy.model import PolicyModel
 from policy.moe import Mlp, MlpDecodeWeights, MoeDecodeWeights, SparseMoe
 from policy.norm import RmsNorm
 from policy.packing import Packing
@@ -137,7 +138,7 @@ class HybridBackbone(nn.Module):
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
 
 
-class HybridModel(nn.Module):
+class HybridModel(PolicyModel[HybridCache]):
     """A policy over tokens: packed forward for learning and prefill, slot-wise decode for sampling.
 
     Example: two sequences of 3 and 2 tokens: model(token_ids, torch.tensor([0, 3, 5])).logits -> (5, V).

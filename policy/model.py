@@ -1,10 +1,10 @@
 """What an engine and a learner ask of a policy's network, whoever wrote it."""
 
-from collections.abc import Iterator
-from typing import Protocol, TypeVar
+from abc import ABC, abstractmethod
+from typing import Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class PolicyCache(Protocol):
@@ -56,15 +56,16 @@ class PolicyShape(Protocol):
 CacheT = TypeVar("CacheT", bound=PolicyCache)
 
 
-class PolicyModel(Protocol[CacheT]):
+class PolicyModel(nn.Module, ABC, Generic[CacheT]):
     """A causal language model over packed tokens; `policy.hybrid.HybridModel` says what each argument means."""
 
-    @property
-    def config(self) -> PolicyShape: ...
+    config: PolicyShape
 
     @property
+    @abstractmethod
     def device(self) -> torch.device: ...
 
+    @abstractmethod
     def forward(
         self,
         token_ids: Tensor,
@@ -76,12 +77,12 @@ class PolicyModel(Protocol[CacheT]):
         logits_at: Tensor | None = None,
     ) -> PolicyOutput: ...
 
+    @abstractmethod
     def decode(self, token_ids: Tensor, cache: CacheT) -> PolicyOutput: ...
 
+    @abstractmethod
     def new_cache(self, num_slots: int, max_tokens: int) -> CacheT: ...
 
-    def refresh_decode_weights(self) -> object: ...
-
-    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
-
-    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
+    @abstractmethod
+    def refresh_decode_weights(self) -> object:
+        """Make what `decode` derives from the weights; it does so by itself after any in-place change of them."""
