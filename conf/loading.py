@@ -42,8 +42,8 @@ def load_config(
 
     `argv` holds hydra overrides ("env=shop_db", "steps=200", "env.mix.shop_db.weight=2"); "env=module:Id-v0" stands for
     env=custom with that id. `search_paths` are folders of the user with more YAML in the same groups. A leading "+" or
-    "++" is allowed and changes nothing: the schema decides which keys exist. `ignored` are beginnings of words that mean
-    nothing to the command at hand ("sft.", "steps="); giving one is an error.
+    "++" is allowed and changes nothing: the schema decides which keys exist. `ignored` are beginnings of words that
+    mean nothing to the command at hand ("sft.", "steps="); giving one is an error.
     """
     folders = [CONF_FOLDER, *(Path(path) for path in search_paths)]
     for folder in folders[1:]:

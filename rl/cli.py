@@ -109,24 +109,31 @@ def _train_arguments(parser: ArgumentParser) -> None:
 
 
 def _train(args: Namespace) -> int:
-    from conf.loading import expand_sweep, load_config
+    from conf.loading import expand_sweep, load_config, resolved_yaml
+    from rl.preflight import check_parts
 
+    combinations = expand_sweep(args.overrides) if args.multirun else [args.overrides]
+    configs = [load_config(words, search_paths=args.config_dir, ignored=("sft.",)) for words in combinations]
+    for config in configs:
+        check_parts(config)
     if args.multirun:
         from rl.sweep import run_sweep
 
-        combinations = expand_sweep(args.overrides)
-        configs = [load_config(words, search_paths=args.config_dir, ignored=("sft.",)) for words in combinations]
         return run_sweep(combinations, configs, config_dirs=args.config_dir)
-    config = load_config(args.overrides, search_paths=args.config_dir, ignored=("sft.",))
+    if configs[0].dry_run:
+        print(resolved_yaml(configs[0]), end="")
+        return 0
     from rl.train import train
 
-    return train(config)
+    return train(configs[0])
 
 
 def _sft(args: Namespace) -> int:
     from conf.loading import load_config
+    from rl.preflight import check_parts
 
     config = load_config(args.overrides, search_paths=args.config_dir, ignored=("steps=", "rollout", "cluster"))
+    check_parts(config, trains=False)
     from rl import sft
 
     return sft.main(config)

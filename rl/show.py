@@ -24,8 +24,8 @@ from rl.progress import duration, sparkline
 from rl.run_folder import RunFolder, RunFolderError
 from rl.transcript import message_text
 from rl.usage import UsageError
+from rollout.recorder import StoredTrajectory, TrajectoryReader
 from rollout.trajectory import Trajectory
-from rollout.trajectory_reader import StoredTrajectory, TrajectoryReader
 
 ROLE_STYLES = {"system": "dim", "user": "bold", "assistant": "cyan", "tool": "green"}
 LAST_METRICS = (

@@ -1,0 +1,59 @@
+"""What a config names outside `conf`, found before any process starts: environments, presets, weights, functions.
+
+No torch is imported, so that `dry_run=true` and errors come at once.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from conf.checks import ConfigError, nearest
+from conf.schema import TrainConfig
+from envs.registry import find_class
+from policy.hybrid_config import PRESETS
+from policy.initial import initial_weights_file
+from rl.choice import choose
+
+
+def check_parts(config: TrainConfig, *, trains: bool = True) -> None:
+    """Raise `ConfigError`, or the registry's own error for an environment, naming what is wrong.
+
+    `trains` false: weights and loss are not looked for (`shoal sft` makes the one and has its own of the other).
+    """
+    env = config.env
+    entries = {f"env.mix.{name}": entry for name, entry in env.mix.items()} or {"env": env}
+    for key, entry in entries.items():
+        _check_environment(entry.id, entry.kwargs, f"{key}.kwargs")
+    if config.policy.kind == "hybrid":
+        _check_preset(config.policy.preset, config.policy.overrides)
+    if not trains:
+        return
+    loss = config.learner.loss
+    names = {"loss": loss.name, "advantage": loss.advantage, "optimizer": config.learner.optimizer.name}
+    try:
+        initial_weights_file(config.policy, env.name)
+        for what, name in names.items():
+            if ":" in name:  # a user's function; the built-in names are known to conf.checks
+                choose(what, name, {})
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _check_environment(env_id: str, kwargs: Mapping[str, Any], key: str) -> None:
+    parameters = inspect.signature(find_class(env_id)).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for name in kwargs:
+        if name not in parameters:
+            hint = nearest(f"{key}.{name}", [f"{key}.{known}" for known in parameters])
+            raise ConfigError(f"unknown key '{key}.{name}' for {env_id}.{hint} Available: {', '.join(parameters)}")
+
+
+def _check_preset(preset: str, overrides: Mapping[str, Any]) -> None:
+    if preset not in PRESETS:
+        near = nearest(preset, PRESETS, 0.4)
+        raise ConfigError(f"policy.preset={preset!r} is unknown.{near} Available: {', '.join(PRESETS)}")
+    try:
+        PRESETS[preset].override(overrides)
+    except ValueError as error:
+        raise ConfigError(f"policy.overrides: {error}") from None
