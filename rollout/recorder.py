@@ -29,6 +29,7 @@ from rollout.trajectory import Trajectory, TrajectoryGroup
 
 Split = Literal["train", "eval"]
 
+OPEN_TIMEOUT_S = 30.0
 MAX_BATCH = 64
 """Most queued items of one transaction: bounds how long readers wait and what a failed transaction takes with it."""
 
@@ -79,8 +80,8 @@ class Recorder:
         opened = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(opened,), name="recorder", daemon=True)
         self._thread.start()
-        if not opened.wait(put_timeout_s):
-            raise RecorderError(f"cannot open {self._path} within {put_timeout_s:g} s")
+        if not opened.wait(OPEN_TIMEOUT_S):
+            raise RecorderError(f"cannot open {self._path} within {OPEN_TIMEOUT_S:g} s")
         self._raise_error()
 
     def write(self, groups: Sequence[TrajectoryGroup], *, split: Split = "train", eval_step: int | None = None) -> None:
