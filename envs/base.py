@@ -1,0 +1,345 @@
+"""The contract of an environment: messages in, messages out.
+
+An author writes a problem, tools, a reward and an oracle; determinism, coercion, deadlines and the 5-tuple are here:
+
+    class Doubling(AgentEnv):
+        def task(self, rng, level):                    # pure in (seed, level)
+            self.number = rng.randint(1, 10 ** (level + 1))
+            return f"double {self.number}"
+        @tool
+        def add(self, a: int, b: int) -> int:
+            "Add two integers."
+            return a + b
+        def reward(self, answer):                      # a float, or named parts; may be async
+            return float(answer.strip() == str(2 * self.number))
+        def oracle(self):                              # yields assistant messages, receives the replies
+            replies = yield call("add", a=self.number, b=self.number)
+            yield say(replies[0].text)
+
+An assistant message with tool calls is answered by one tool message per call, in call order. One without calls ends
+the episode with its text as the answer, unless `on_message` replies. What a policy does wrong is an observation; what
+an author does wrong raises, and the pool turns that into a recorded failure.
+"""
+
+import asyncio
+import hashlib
+import inspect
+import json
+import logging
+import math
+import random
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, cast
+
+import gymnasium
+
+from envs.errors import BadArguments, BadReward, MalformedEnvironment
+from envs.message import ImagePart, Message, TextPart, ToolCall, ToolResult, ToolSpec
+from envs.space import ActionSpace, ObservationSpace
+from envs.task import Problem
+from envs.tool import Tool, as_text, bind_tools
+from envs.worker_thread import WorkerThread, run_sync
+
+logger = logging.getLogger(__name__)
+
+Observation = tuple[Message, ...]
+Oracle = Generator[Message, Observation, None]
+"""Yields assistant messages; what the environment replied comes back from `yield`."""
+
+MAX_CALLS = 16
+"""Calls of one assistant message that are run; the rest is refused."""
+_SHOWN_CHARS = 200
+
+
+def call(name: str, /, **arguments: Any) -> Message:
+    """An assistant message with one tool call."""
+    return Message.assistant(calls=[ToolCall(name=name, arguments=arguments, call_id="0")])
+
+
+def say(text: str) -> Message:
+    """An assistant message without tool calls: the answer."""
+    return Message.assistant(text)
+
+
+class AgentEnv(gymnasium.Env[Observation, Message]):
+    """One conversation with tools. Subclasses override `task`, `reward`, `oracle`, and add `@tool` methods."""
+
+    version: ClassVar[int] = 0
+    """Raise it when the same (seed, level) gives another problem."""
+    levels: ClassVar[int] = 10
+    """Levels of difficulty: 0 to levels - 1."""
+    inline: ClassVar[bool] = False
+    """task(), reward() and on_message() take well under a millisecond and never block: no thread is needed."""
+    max_turns: int = 8
+    """Assistant messages of an episode; after these it is truncated and scored as it stands."""
+    max_result_chars: int = 4000
+    """Longest tool result a policy is shown."""
+    tool_timeout_s: float = 10.0
+    """Deadline of one tool call; the policy reads that it timed out."""
+    reset_timeout_s: float = 30.0
+    """Deadlines of one reset, step (all its tool calls) and reward. A pool's own deadlines cap them."""
+    step_timeout_s: float = 30.0
+    reward_timeout_s: float = 60.0
+    latency_median_s: float = 0.0
+    """Simulated latency of each tool call, lognormal and seeded by the task; 0 = none. For benchmarks."""
+    latency_sigma: float = 1.0
+
+    observation_space = ObservationSpace()
+    action_space = ActionSpace()
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+
+    problem: Problem
+    """The running problem, set by reset."""
+    seed: int
+    level: int
+
+    _ended = True
+    _thread: WorkerThread | None = None
+
+    def __init__(
+        self, *, max_turns: int | None = None, latency_median_s: float | None = None, latency_sigma: float | None = None
+    ) -> None:
+        """Arguments override the class's own values."""
+        self.max_turns = self.max_turns if max_turns is None else max_turns
+        self.latency_median_s = self.latency_median_s if latency_median_s is None else latency_median_s
+        self.latency_sigma = self.latency_sigma if latency_sigma is None else latency_sigma
+
+    # --- what authors override ---
+
+    def task(self, rng: random.Random, level: int) -> Problem | str:
+        """Make the problem. Use only `rng` for chance; keep the right answer on self."""
+        raise NotImplementedError
+
+    def reward(self, answer: str) -> Any:
+        """Score the ended episode: a finite number, or {part name: number} whose sum is the reward. May be async.
+
+        `answer` is the last message's text, or "" where the episode was cut; it can be anything a policy can write.
+        """
+        raise NotImplementedError
+
+    def oracle(self) -> Oracle:
+        """Solve the running problem with reward 1. Needed by `shoal sft` and `shoal env check`."""
+        raise NotImplementedError(f"{type(self).__name__} has no oracle()")
+
+    def noisy_oracle(self, rng: random.Random) -> Oracle:
+        """A demonstrator with the right format and some wrong decisions, for warm starts."""
+        return self.oracle()
+
+    async def on_message(self, text: str) -> str | Message | None:
+        """Reply to an assistant message without calls, e.g. as a scripted user; None ends the episode."""
+        return None
+
+    def hidden_state(self) -> str:
+        """What of the problem the prompt does not show (a generated database), so that digests tell tasks apart."""
+        return ""
+
+    def tools(self) -> Mapping[str, Tool]:
+        """Tools by name; by default the `@tool` methods."""
+        return bind_tools(self)
+
+    # --- gymnasium's interface, from anywhere ---
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict]:
+        """Start an episode; options: {"level": int}. Returns the opening messages and info."""
+        return run_sync(self.areset(seed=seed, options=options), self.reset_timeout_s)
+
+    def step(self, action: Message | str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """As `astep`, from synchronous code."""
+        return run_sync(self.astep(action), self.step_timeout_s + self.reward_timeout_s)
+
+    def close(self) -> None:
+        """Free what the environment holds. Idempotent; overriders call it last."""
+        if self._thread is not None:
+            self._thread.stop()
+            self._thread = None
+
+    # --- the core ---
+
+    async def areset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.seed = int(self.np_random.integers(2**31)) if seed is None else int(seed)
+        self.level = int((options or {}).get("level", 0))
+        if not 0 <= self.level < self.levels:
+            raise ValueError(f"level {self.level} of {type(self).__name__} is not in 0..{self.levels - 1}")
+        problem = await self.run_author(self.task, random.Random(f"{self.seed}/{self.level}"), self.level)
+        self.problem = Problem(prompt=problem) if isinstance(problem, str) else problem
+        opening = _opening_messages(self)
+        self._latency_rng = random.Random(f"{self.seed}/{self.level}/latency")
+        self._tools = self.tools()
+        self._calls: Counter[str] = Counter()
+        self._num_tool_errors = 0
+        self._num_turns = 0
+        self._answer = ""
+        self._ended = False
+        return opening, {
+            "tools": self.tool_specs(),
+            "max_turns": self.max_turns,
+            "problem_digest": self._digest(opening),
+            "meta": self.meta(),
+        }
+
+    async def astep(self, action: Message | str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Take an assistant message: (new messages, reward, terminated, truncated, info).
+
+        The reward is 0.0 until the episode ends; info then holds `reward_parts`. Raises what the author's code raises.
+        """
+        replies, terminated, truncated = await self.respond(say(action) if isinstance(action, str) else action)
+        parts = await self.score() if terminated or truncated else {}
+        return replies, sum(parts.values()), terminated, truncated, {"reward_parts": parts, "meta": self.meta()}
+
+    async def respond(self, message: Message) -> tuple[Observation, bool, bool]:
+        """The step without its reward: (new messages, terminated, truncated)."""
+        if self._ended:
+            raise RuntimeError(f"{type(self).__name__}: no episode is running, call reset() first")
+        if not self.action_space.contains(message):
+            raise TypeError(f"an action is an assistant Message, not {message!r:.{_SHOWN_CHARS}}")
+        self._num_turns += 1
+        if message.tool_calls:
+            replies = tuple([Message.tool(await self._answer_call(i, c)) for i, c in enumerate(message.tool_calls)])
+        else:
+            reply = await self.run_author(self.on_message, message.text)
+            if reply is None:
+                self._ended, self._answer = True, message.text
+                return (), True, False
+            reply = Message.user(reply) if isinstance(reply, str) else reply
+            if not isinstance(reply, Message):
+                raise MalformedEnvironment(f"{type(self).__name__}.on_message() returned {type(reply).__name__}")
+            replies = (reply,)
+        self._ended = self._num_turns >= self.max_turns
+        return replies, False, self._ended
+
+    async def score(self) -> dict[str, float]:
+        """End the episode and return the parts of its reward. Raises BadReward unless they are finite numbers."""
+        self._ended = True
+        value = await self.run_author(self.reward, self._answer)
+        parts = value if isinstance(value, dict) else {"reward": value}
+        if not parts:
+            raise BadReward("reward() returned no parts")
+        finite = {str(name): _finite(name, part) for name, part in parts.items()}
+        _finite("sum", sum(finite.values()))
+        return finite
+
+    def tool_specs(self) -> tuple[ToolSpec, ...]:
+        return tuple(t.spec for t in self._tools.values())
+
+    def meta(self) -> dict[str, Any]:
+        """Facts for metrics, cumulative over the episode."""
+        counts = {
+            "level": self.level,
+            "num_tool_calls": self._calls.total(),
+            "num_tool_errors": self._num_tool_errors,
+            "tool_calls": dict(self._calls),
+        }
+        return {**self.problem.meta, **counts}
+
+    async def run_author(self, function: Callable[..., Any], *args: Any, inline: bool = False, **kwargs: Any) -> Any:
+        """Run an author's function: async ones here, synchronous ones on the environment's own thread or inline."""
+        if self.inline or inline or inspect.iscoroutinefunction(function):
+            result = function(*args, **kwargs)
+        else:
+            result = await self._own_thread().run(function, *args, **kwargs)
+        return await result if inspect.isawaitable(result) else result
+
+    def adopt_thread(self, thread: WorkerThread) -> None:
+        """Run blocking code on the thread that constructed this environment (sqlite insists on it)."""
+        self._thread = thread
+        weakref.finalize(self, thread.stop)
+
+    # --- parts ---
+
+    def _own_thread(self) -> WorkerThread:
+        if self._thread is None or self._thread.abandoned:
+            self.adopt_thread(WorkerThread())
+        assert self._thread is not None
+        return self._thread
+
+    async def _answer_call(self, index: int, tool_call: ToolCall) -> ToolResult:
+        started = time.monotonic()
+        content, error = await self._run_call(index, tool_call)
+        # Invented names are counted together: a policy can make up any number of them.
+        self._calls[tool_call.name if tool_call.name in self._tools else "unknown"] += 1
+        self._num_tool_errors += error is not None
+        cut = len(content) - self.max_result_chars
+        if cut > 0:
+            content = f"{content[: self.max_result_chars]} (truncated {cut} chars)"
+        return ToolResult(
+            call_id=tool_call.call_id or str(index),
+            name=tool_call.name,
+            content=content,
+            error=error,
+            seconds=time.monotonic() - started,
+        )
+
+    async def _run_call(self, index: int, tool_call: ToolCall) -> tuple[str, str | None]:
+        """Content and kind of error of one call. Error texts are short and stable: policies learn from them."""
+        if index >= MAX_CALLS:
+            return "error: too many calls", "malformed"
+        if tool_call.error is not None:
+            return f"error: {tool_call.error[:_SHOWN_CHARS]}", "malformed"
+        found = self._tools.get(tool_call.name)
+        if found is None:
+            return "error: unknown tool", "unknown_tool"
+        try:
+            arguments = found.parse(tool_call.arguments)
+        except BadArguments as error:
+            return f"error: {error}", "bad_arguments"
+        await self._wait_latency()
+        limit = asyncio.timeout(found.options.timeout_s or self.tool_timeout_s)
+        try:
+            async with limit:
+                return as_text(await self.run_author(found.function, inline=found.options.inline, **arguments)), None
+        except Exception as error:  # a tool may refuse by raising, as sqlite3 does: the policy reads why
+            if limit.expired():
+                return "error: timed out", "timeout"
+            logger.debug("tool %s raised", tool_call.name, exc_info=True)
+            return f"error: {str(error)[:_SHOWN_CHARS] or type(error).__name__}", "tool_error"
+
+    async def _wait_latency(self) -> None:
+        if self.latency_median_s > 0:
+            mu = math.log(self.latency_median_s)
+            await asyncio.sleep(self._latency_rng.lognormvariate(mu, self.latency_sigma))
+
+    def _digest(self, opening: Observation) -> str:
+        owner = type(self)
+        content = [[m.role, *(_fingerprint(part) for part in m.content)] for m in opening]
+        identity = [f"{owner.__module__}:{owner.__qualname__}", self.version, self.level, self.hidden_state(), content]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+def _fingerprint(part: TextPart | ImagePart) -> str:
+    return part.text if isinstance(part, TextPart) else hashlib.sha256(part.data).hexdigest()
+
+
+def _opening_messages(env: AgentEnv) -> Observation:
+    """The conversation's start; raises MalformedEnvironment where task() returned something else."""
+    problem = env.problem
+    if not isinstance(problem, Problem):
+        raise MalformedEnvironment(f"{type(env).__name__}.task() returned {type(problem).__name__}, not a Problem")
+    try:
+        json.dumps(problem.meta, allow_nan=False)  # it crosses processes and is stored
+    except (TypeError, ValueError) as error:
+        raise MalformedEnvironment(f"{type(env).__name__}.task(): meta is not plain JSON data: {error}") from None
+    system = (Message.system(problem.system),) if problem.system else ()
+    if isinstance(problem.prompt, str):
+        user = Message.user(problem.prompt)
+        return (*system, replace(user, content=(*problem.images, *user.content)))
+    messages = (*system, *problem.prompt)
+    if not problem.prompt or not all(isinstance(message, Message) for message in messages):
+        raise MalformedEnvironment(f"{type(env).__name__}.task(): prompt is neither text nor a tuple of Messages")
+    return messages
+
+
+def _finite(name: object, part: object) -> float:
+    try:
+        number = float(cast(float, part))
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if isinstance(part, str | bytes) or not math.isfinite(number):
+        raise BadReward(f"reward() returned {name} = {part!r:.{_SHOWN_CHARS}}, not a finite number")
+    return number

@@ -1,0 +1,57 @@
+"""What can be wrong with an environment, and the author's own traceback of it."""
+
+import asyncio
+import traceback
+from pathlib import Path
+
+TRACEBACK_CHARS = 8000
+"""Longest traceback that is kept; of a longer one the end is, where the cause stands."""
+
+_OUR_FILES = frozenset(str(path) for path in Path(__file__).parent.glob("*.py"))
+_ASYNCIO = str(Path(asyncio.__file__).parent)
+
+
+class EnvError(Exception):
+    """An environment cannot be used, or broke its contract."""
+
+
+class UnknownEnvironment(EnvError, ValueError):
+    """No environment has this id."""
+
+
+class MalformedEnvironment(EnvError, TypeError):
+    """A class is no usable environment, or its task() returned no problem."""
+
+
+class BadReward(EnvError, ValueError):
+    """reward() returned something other than finite numbers."""
+
+
+class BadArguments(ValueError):
+    """A policy's arguments do not fit a tool's types. The text is short and stable: the policy reads it."""
+
+
+class HostLost(ConnectionError):
+    """The process that hosts environments died, restarted or did not answer in time."""
+
+
+def author_traceback(error: BaseException) -> str:
+    """Format `error` without the frames of the machinery that called the author's code.
+
+    Environments in envs/library count as authors' code. All frames are kept where none is left.
+    """
+    formatted = traceback.TracebackException.from_exception(error)
+    _drop_our_frames(formatted)
+    return "".join(formatted.format())[-TRACEBACK_CHARS:]
+
+
+def _drop_our_frames(formatted: traceback.TracebackException) -> None:
+    theirs = [frame for frame in formatted.stack if not _is_ours(frame.filename)]
+    if theirs:
+        formatted.stack = traceback.StackSummary.from_list(theirs)
+    if formatted.__cause__ is not None:
+        _drop_our_frames(formatted.__cause__)
+
+
+def _is_ours(filename: str) -> bool:
+    return filename in _OUR_FILES or filename.startswith(_ASYNCIO)

@@ -1,0 +1,163 @@
+"""A typed Python function becomes a tool: its JSON schema, its argument check, its limits."""
+
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, TypeVar, get_type_hints, overload
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic.errors import PydanticUserError
+
+from envs.errors import BadArguments, MalformedEnvironment
+from envs.message import ToolSpec
+
+_MARK = "shoal_tool_options"
+_SHOWN_NAME_CHARS = 32
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ToolOptions:
+    """What `@tool(...)` says beside the signature."""
+
+    timeout_s: float | None = None
+    """Deadline of one call; None = the environment's `tool_timeout_s`."""
+    inline: bool = False
+    """Run a synchronous tool on the event loop (well under a millisecond) instead of the environment's thread."""
+
+
+@overload
+def tool(function: Function) -> Function: ...
+@overload
+def tool(*, timeout_s: float | None = None, inline: bool = False) -> Callable[[Function], Function]: ...
+def tool(function: Any = None, *, timeout_s: float | None = None, inline: bool = False) -> Any:
+    """Mark a method as a tool. Parameters need types; the docstring's first paragraph is the description.
+
+    Example: `@tool` or `@tool(timeout_s=2.0)` above `def add(self, a: int, b: int) -> int`.
+    """
+    options = ToolOptions(timeout_s=timeout_s, inline=inline)
+
+    def mark(target: Function) -> Function:
+        setattr(target, _MARK, options)
+        return target
+
+    return mark if function is None else mark(function)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tool:
+    """A tool that can be called: `function(**parse(arguments))`."""
+
+    spec: ToolSpec
+    function: Callable[..., Any]
+    """Synchronous or async; takes the parameters by keyword."""
+    model: type[BaseModel]
+    """Checks and converts arguments; field i is the i-th parameter."""
+    parameter_names: tuple[str, ...]
+    options: ToolOptions
+
+    @staticmethod
+    def from_function(function: Callable[..., Any], *, is_method: bool = False) -> "Tool":
+        """Read a signature. Raises MalformedEnvironment for a parameter without a (usable) type."""
+        name = function.__name__
+        try:
+            parameters = list(inspect.signature(function).parameters.values())[1 if is_method else 0 :]
+            hints = get_type_hints(function, include_extras=True)
+            model = _arguments_model(name, parameters, hints)
+            schema = _without_titles(model.model_json_schema(by_alias=True))
+        except (NameError, PydanticUserError) as error:
+            raise MalformedEnvironment(f"tool {name}: a parameter's type cannot be used: {error}") from error
+        description = (inspect.getdoc(function) or name).split("\n\n")[0].replace("\n", " ")
+        schema.setdefault("properties", {})
+        schema.pop("description", None)
+        return Tool(
+            spec=ToolSpec(name=name, description=description, parameters=schema),
+            function=function,
+            model=model,
+            parameter_names=tuple(parameter.name for parameter in parameters),
+            options=getattr(function, _MARK, ToolOptions()),
+        )
+
+    def parse(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Convert a policy's arguments by the schema, or raise BadArguments.
+
+        Text is what untyped dialects send: "7" becomes 7 for an integer, "[1, 2]" a list for a list; a parameter
+        that takes text keeps the text, also "null" and "75001".
+        """
+        try:
+            parsed = self.model.model_validate(arguments)
+        except ValidationError as error:
+            try:
+                parsed = self.model.model_validate(_read_json_where_wrong(arguments, error))
+            except ValidationError:
+                raise BadArguments(self._complaint(error)) from None
+        return {name: getattr(parsed, f"arg{index}") for index, name in enumerate(self.parameter_names)}
+
+    def _complaint(self, error: ValidationError) -> str:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        name = str(first["loc"][0])[:_SHOWN_NAME_CHARS] if first["loc"] else "arguments"
+        if first["type"] == "missing":
+            return f"missing {name}"
+        if first["type"] == "extra_forbidden":
+            return f"no argument {name}"
+        wanted = self.spec.parameters["properties"].get(name, {}).get("type")
+        return f"{name} must be {wanted}" if wanted else f"bad {name}"
+
+
+@cache
+def tools_of_class(owner: type) -> tuple[Tool, ...]:
+    """Unbound tools of a class in order of definition, base classes first."""
+    names = dict.fromkeys(name for base in reversed(owner.__mro__) for name in vars(base))
+    methods = [inspect.getattr_static(owner, name) for name in names]
+    return tuple(Tool.from_function(method, is_method=True) for method in methods if hasattr(method, _MARK))
+
+
+def bind_tools(owner: object) -> dict[str, Tool]:
+    """Tools of an instance by name."""
+    return {t.spec.name: replace(t, function=getattr(owner, t.spec.name)) for t in tools_of_class(type(owner))}
+
+
+def as_text(value: Any) -> str:
+    """What a policy reads of a tool's return value: text as it is, everything else as compact JSON."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
+
+
+def _arguments_model(name: str, parameters: list[inspect.Parameter], hints: dict[str, Any]) -> type[BaseModel]:
+    fields: dict[str, Any] = {}
+    for index, parameter in enumerate(parameters):
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise MalformedEnvironment(f"tool {name}: {parameter} is no named parameter")
+        if parameter.name not in hints:
+            raise MalformedEnvironment(f"tool {name}: parameter {parameter.name} has no type")
+        default = ... if parameter.default is parameter.empty else parameter.default
+        # Own field names: a parameter may be called like an attribute of BaseModel ("json", "copy").
+        fields[f"arg{index}"] = (hints[parameter.name], Field(default, alias=parameter.name))
+    config = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False, arbitrary_types_allowed=False)
+    return create_model(name, __config__=config, **fields)
+
+
+def _read_json_where_wrong(arguments: dict[str, Any], error: ValidationError) -> dict[str, Any]:
+    wrong = {str(item["loc"][0]) for item in error.errors(include_url=False) if item["loc"]}
+    return {name: _read_json(value) if name in wrong else value for name, value in arguments.items()}
+
+
+def _read_json(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def _without_titles(schema: Any) -> Any:
+    """pydantic titles every field; a policy pays for them in tokens. A property may be called "title": keep it."""
+    if isinstance(schema, list):
+        return [_without_titles(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {key: _without_titles(value) for key, value in schema.items() if key != "title" or isinstance(value, dict)}

@@ -1,0 +1,57 @@
+"""One pool as a real Ray actor: episodes, a kill, a restart."""
+
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from envs.base import call, say
+from envs.task import Task
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    import ray
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def task(seed: int) -> Task:
+    return Task(task_id=f"t/{seed}", env_id="Calculator-v0", env_name="e", seed=seed)
+
+
+def test_a_pool_actor_plays_episodes_and_works_again_after_it_was_killed(ray_cluster: None) -> None:
+    import ray
+
+    from envs.actors import EnvPoolActor, connect_pools
+
+    async def scenario() -> None:
+        pool = EnvPoolActor.options(max_restarts=-1, num_cpus=1).remote(step_timeout_s=5.0)
+        host = connect_pools([pool], client_name="test")
+        opened = await asyncio.gather(*(host.open(str(i), task(i)) for i in range(200)))
+        assert [o.failure for o in opened] == [None] * 200
+        steps = await asyncio.gather(*(host.step(str(i), call("add", a=i, b=1)) for i in range(200)))
+        assert [s.messages[0].text for s in steps] == [str(i + 1) for i in range(200)]
+        assert host._mailboxes[0].num_messages < 60
+        ray.kill(pool, no_restart=False)
+        died = await asyncio.gather(*(host.step(str(i), say("1")) for i in range(200)))
+        assert {o.failure.kind for o in died if o.failure} == {"infra"}
+        for _ in range(100):
+            reopened = await host.open("again", task(1))
+            if reopened.failure is None:
+                break
+            await asyncio.sleep(0.2)
+        assert reopened.failure is None
+        assert reopened.problem_digest == opened[1].problem_digest
+        await host.aclose()
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    asyncio.run(asyncio.wait_for(scenario(), 90))

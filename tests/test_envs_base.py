@@ -1,0 +1,190 @@
+"""The contract: gymnasium's interface, tool calls, rewards, deadlines of tools."""
+
+import asyncio
+import gc
+import threading
+
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+from envs.base import AgentEnv, call, say
+from envs.demonstration import demonstrate
+from envs.errors import BadReward
+from envs.message import Message, ToolCall
+from envs.registry import make_env
+from tests.broken_envs import Chatty, Doubling, ExitsInTask, ExitsInTool, RewardOf, SketchShop
+
+
+def texts(messages: tuple[Message, ...]) -> list[str]:
+    return [message.text for message in messages]
+
+
+def calls(*pairs: tuple[str, dict]) -> Message:
+    return Message.assistant(calls=[ToolCall(name=n, arguments=a, call_id=str(i)) for i, (n, a) in enumerate(pairs)])
+
+
+@pytest.mark.parametrize("env_id", ["Calculator-v0", "ToolGate-v0", "ShopDB-v0", "tests.broken_envs:Doubling"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_gymnasium_accepts_the_environments(env_id: str) -> None:
+    check_env(make_env(env_id), skip_render_check=True)
+
+
+def test_an_episode_by_hand_gives_new_messages_only_and_the_sum_of_the_parts() -> None:
+    env = Doubling()
+    opening, info = env.reset(seed=3, options={"level": 1})
+    assert texts(opening) == [f"double {env.number}"]
+    assert [spec.name for spec in info["tools"]][:2] == ["add", "fail"]
+    replies, reward, terminated, truncated, _ = env.step(call("add", a=str(env.number), b=env.number))
+    assert (texts(replies), reward, terminated, truncated) == ([str(2 * env.number)], 0.0, False, False)
+    replies, reward, terminated, truncated, info = env.step(replies[0].text)
+    assert (replies, reward, terminated, truncated) == ((), 0.75, True, False)
+    assert info["reward_parts"] == {"answer": 1.0, "style": -0.25}
+    assert info["meta"] == {"level": 1, "num_tool_calls": 1, "num_tool_errors": 0, "tool_calls": {"add": 1}}
+    with pytest.raises(RuntimeError, match="call reset"):
+        env.step("again")
+
+
+def test_what_a_policy_does_wrong_is_an_observation_with_a_stable_text() -> None:
+    env = Doubling()
+    env.reset(seed=0)
+    message = Message.assistant(
+        calls=[
+            ToolCall(name="divide", call_id="a"),
+            ToolCall(name="add", arguments={"a": "one"}, call_id="b"),
+            ToolCall(name="add", call_id="c", error="bad call"),
+            ToolCall(name="fail", call_id="d"),
+            ToolCall(name="hang", call_id="e"),
+            ToolCall(name="add", arguments={"a": "1"}, call_id="f"),
+        ]
+    )
+    replies, *_, info = env.step(message)
+    assert [(m.tool_result.call_id, m.tool_result.error, m.text) for m in replies if m.tool_result] == [
+        ("a", "unknown_tool", "error: unknown tool"),
+        ("b", "bad_arguments", "error: a must be integer"),
+        ("c", "malformed", "error: bad call"),
+        ("d", "tool_error", "error: 'shelf'"),
+        ("e", "timeout", "error: timed out"),
+        ("f", None, "1"),
+    ]
+    assert (info["meta"]["num_tool_calls"], info["meta"]["num_tool_errors"]) == (6, 5)
+    assert info["meta"]["tool_calls"] == {"unknown": 1, "add": 3, "fail": 1, "hang": 1}
+
+
+def test_results_come_in_call_order_whatever_takes_longest() -> None:
+    env = Doubling()
+    env.reset(seed=0)
+    replies, *_ = env.step(calls(("nap", {"seconds": 0.05}), ("add", {"a": 1}), ("nap", {"seconds": "0.01"})))
+    assert texts(replies) == ["slept 0.05", "1", "slept 0.01"]
+    assert [m.tool_result.call_id for m in replies if m.tool_result] == ["0", "1", "2"]
+
+
+def test_every_call_is_answered_also_beyond_the_most_that_are_run() -> None:
+    env = Doubling()
+    env.reset(seed=0)
+    replies, *_ = env.step(calls(*[("add", {"a": i}) for i in range(20)]))
+    assert texts(replies) == [str(i) for i in range(16)] + ["error: too many calls"] * 4
+
+
+def test_long_results_are_cut_with_a_visible_mark() -> None:
+    env = Doubling()
+    env.reset(seed=0)
+    replies, *_ = env.step(call("shout"))
+    assert replies[0].text == "x" * 4000 + " (truncated 1000 chars)"
+
+
+def test_an_episode_without_an_answer_is_truncated_after_max_turns_and_scored() -> None:
+    env = Doubling()
+    env.reset(seed=0)
+    outcomes = [env.step(call("add", a=1)) for _ in range(4)]
+    assert [(o[1], o[2], o[3]) for o in outcomes] == [(0.0, False, False)] * 3 + [(-0.25, False, True)]
+
+
+def test_a_scripted_user_can_go_on_and_a_reward_can_be_async() -> None:
+    env = Chatty()
+    env.reset(seed=0)
+    replies, _, terminated, _, _ = env.step("hi")
+    assert (replies[0].role, texts(replies), terminated) == ("user", ["and now?"], False)
+    assert env.step("bye")[1:4] == (1.0, True, False)
+
+
+def test_blocking_code_of_one_environment_stays_on_one_thread_of_its_own() -> None:
+    env = Doubling()
+    demonstrate(env, 1, 0)
+    assert len(env.threads) == 1
+    assert threading.current_thread() not in env.threads
+    assert demonstrate(SketchShop(), 1, 0).reward == 1.0  # sqlite's default insists on one thread
+
+
+def test_step_works_inside_a_running_loop() -> None:
+    async def notebook_cell() -> float:
+        return demonstrate(Doubling(), 5, 0).reward
+
+    assert asyncio.run(notebook_cell()) == 0.75
+
+
+def test_a_forgotten_environment_leaves_no_thread() -> None:
+    environments = [Doubling() for _ in range(20)]
+    threads: set[threading.Thread] = set()
+    for env in environments:
+        env.reset(seed=0)
+        threads |= env.threads
+    assert len(threads) == 20
+    del env, environments
+    gc.collect()
+    for thread in threads:
+        thread.join(timeout=5)
+    assert not [thread for thread in threads if thread.is_alive()]
+
+
+@pytest.mark.parametrize("kind", ["none", "nan", "inf", "text", "empty", "list", "nan part"])
+def test_a_reward_that_is_not_finite_numbers_raises(kind: str) -> None:
+    env = RewardOf(kind=kind)
+    env.reset(seed=0)
+    with pytest.raises(BadReward, match=r"reward\(\) returned"):
+        env.step("x")
+
+
+def test_system_exit_reaches_the_caller_and_the_shared_loop_lives_on() -> None:
+    with pytest.raises(SystemExit):
+        ExitsInTask().reset(seed=0)
+    env = ExitsInTool()
+    env.reset(seed=0)
+    with pytest.raises(SystemExit):
+        env.step(call("leave"))
+    assert demonstrate(Doubling(), 1, 0).reward == 0.75
+
+
+def test_a_level_outside_the_range_is_refused_with_the_range() -> None:
+    with pytest.raises(ValueError, match=r"level 10 of Doubling is not in 0\.\.9"):
+        Doubling().reset(seed=0, options={"level": 10})
+
+
+def test_latency_is_simulated_for_each_call_and_seeded_by_the_task() -> None:
+    def seconds(seed: int) -> list[float]:
+        env = make_env("Calculator-v0", latency_median_s=0.01, latency_sigma=0.5)
+        env.reset(seed=seed)
+        replies, *_ = env.step(calls(*[("add", {"a": 1, "b": 2})] * 3))
+        return [m.tool_result.seconds for m in replies if m.tool_result]
+
+    first, second, other = seconds(1), seconds(1), seconds(2)
+    assert min(first + other) > 0.002
+    assert first == pytest.approx(second, abs=0.02)
+
+
+def test_digests_tell_problems_apart_and_the_class_not_the_id_counts() -> None:
+    def digest(env: AgentEnv, seed: int, level: int = 0) -> str:
+        return env.reset(seed=seed, options={"level": level})[1]["problem_digest"]
+
+    env = Doubling()
+    assert digest(env, 1) == digest(Doubling(), 1)
+    assert len({digest(env, seed, level) for seed in (1, 2) for level in (0, 1)}) == 4
+    by_id, by_path = make_env("Calculator-v0"), make_env("envs.library.calculator:Calculator")
+    assert digest(by_id, 1) == digest(by_path, 1)
+
+
+def test_an_action_that_is_no_assistant_message_is_the_callers_error() -> None:
+    env = Doubling()
+    env.reset(seed=0)
+    with pytest.raises(TypeError, match="assistant Message"):
+        env.step(Message.user("hi"))
+    assert env.step(say("x"))[2]

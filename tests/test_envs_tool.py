@@ -1,0 +1,104 @@
+"""Tools: the schema from a signature, and a policy's arguments by that schema."""
+
+from typing import Literal
+
+import pytest
+
+from envs.errors import BadArguments, MalformedEnvironment
+from envs.tool import Tool, as_text, tools_of_class
+from tests.broken_envs import Doubling, UntypedTool
+
+
+def search(query: str, limit: int = 5, tags: list[str] | None = None, mode: Literal["any", "all"] = "any") -> str:
+    """Search the shelf.
+
+    Longer text that a policy need not read.
+    """
+    return query
+
+
+def test_a_signature_becomes_a_schema_in_parameter_order_without_titles() -> None:
+    spec = Tool.from_function(search).spec
+    assert (spec.name, spec.description) == ("search", "Search the shelf.")
+    assert list(spec.parameters["properties"]) == ["query", "limit", "tags", "mode"]
+    assert spec.parameters["required"] == ["query"]
+    assert spec.parameters["properties"]["limit"] == {"default": 5, "type": "integer"}
+    assert "title" not in str(spec.parameters)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"query": "a", "limit": "7"}, {"query": "a", "limit": 7}),
+        ({"query": "a", "limit": " 7 "}, {"query": "a", "limit": 7}),
+        ({"query": "null"}, {"query": "null"}),
+        ({"query": "75001"}, {"query": "75001"}),
+        ({"query": 75001}, {"query": "75001"}),
+        ({"query": "a", "tags": '["x","y"]'}, {"query": "a", "tags": ["x", "y"]}),
+        ({"query": "a", "tags": "null"}, {"query": "a", "tags": None}),
+        ({"query": "[1]", "limit": "3"}, {"query": "[1]", "limit": 3}),
+    ],
+)
+def test_untyped_text_is_read_by_the_schema_and_text_stays_text(given: dict, expected: dict) -> None:
+    parsed = Tool.from_function(search).parse(given)
+    assert {name: parsed[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({}, "missing query"),
+        ({"query": "a", "limit": "seven"}, "limit must be integer"),
+        ({"query": "a", "limit": "7.5"}, "limit must be integer"),
+        ({"query": "a", "color": "red"}, "no argument color"),
+        ({"query": "a", "mode": "some"}, "mode must be string"),
+        ({"query": "a", "tags": "[" * 100_000}, "bad tags"),
+        ({"query": "a", "x" * 100_000: 1}, f"no argument {'x' * 32}"),
+    ],
+)
+def test_wrong_arguments_give_short_stable_texts(given: dict, text: str) -> None:
+    with pytest.raises(BadArguments, match=f"^{text}$"):
+        Tool.from_function(search).parse(given)
+
+
+def test_parameters_may_be_called_like_attributes_of_pydantic() -> None:
+    def odd(json: str, copy: int, model_config: bool, title: str) -> str:
+        return json
+
+    found = Tool.from_function(odd)
+    assert list(found.spec.parameters["properties"]) == ["json", "copy", "model_config", "title"]
+    assert found.parse({"json": "j", "copy": "2", "model_config": "true", "title": "t"}) == {
+        "json": "j",
+        "copy": 2,
+        "model_config": True,
+        "title": "t",
+    }
+
+
+def test_a_parameter_without_a_usable_type_is_refused_by_name() -> None:
+    with pytest.raises(MalformedEnvironment, match="tool look: parameter where has no type"):
+        tools_of_class(UntypedTool)
+
+    def rest(*words: str) -> str:
+        return "".join(words)
+
+    def opaque(thing: object, lock: "NotDefined") -> str:  # noqa: F821  # type: ignore[name-defined]
+        return ""
+
+    for function in (rest, opaque):
+        with pytest.raises(MalformedEnvironment, match=f"tool {function.__name__}"):
+            Tool.from_function(function)
+
+
+def test_tools_of_a_class_come_in_order_of_definition() -> None:
+    assert [t.spec.name for t in tools_of_class(Doubling)] == ["add", "fail", "nap", "hang", "shout"]
+
+
+def test_results_are_text_as_it_is_and_compact_json_else() -> None:
+    assert [as_text(v) for v in ("a b", 385, None, [1, "é"], {"a": True})] == [
+        "a b",
+        "385",
+        "null",
+        '[1,"é"]',
+        '{"a":true}',
+    ]
