@@ -146,7 +146,7 @@ class HybridModel(PolicyModel[HybridCache]):
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config: HybridConfig = config
         self.model = HybridBackbone(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
