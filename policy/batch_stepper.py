@@ -21,7 +21,7 @@ import torch
 from conf.schema import EngineConfig
 from policy.checkpoint_io import load_numpy_tensors
 from policy.engine import CachePolicy, Completion, EngineError, EngineStats, FinishReason
-from policy.hybrid import HybridModel
+from policy.model import PolicyModel
 from policy.running_batch import RunningBatch, Ticket
 from policy.sampling import SamplingRows
 from policy.session_slots import KeptState, PromptEnd, SessionSlots
@@ -51,7 +51,7 @@ class _Pack:
 class BatchStepper:
     """Example: stepper.swap(snapshot, "recompute"); stepper.add(ticket); stepper.step(); stepper.finished -> []"""
 
-    def __init__(self, model: HybridModel, config: EngineConfig, *, clock: Callable[[], float]) -> None:
+    def __init__(self, model: PolicyModel, config: EngineConfig, *, clock: Callable[[], float]) -> None:
         self._model = model
         self._clock = clock
         self._max_running = config.max_running
@@ -105,7 +105,7 @@ class BatchStepper:
                 ticket.keeps_session = False
 
     def swap(self, snapshot: PolicySnapshot, cache_policy: CachePolicy) -> None:
-        """Serve other weights, which were verified, from the next step on."""
+        """Serve other weights from the next step on. Raises `WeightSyncError`, all as before, if they do not fit."""
         load_numpy_tensors(self._model, snapshot.tensors)
         self._model.refresh_decode_weights()
         self.policy_version = snapshot.version

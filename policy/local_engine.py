@@ -34,12 +34,14 @@ from policy.engine import (
     GenerationRequest,
     UnsupportedRequest,
 )
-from policy.hybrid import HybridModel
+from policy.model import PolicyModel
 from policy.request_limits import check_request
 from policy.running_batch import Ticket
 from policy.sampling import stream_key
 from policy.weight_store import PolicySnapshot, WeightSyncError
 
+LOGPROB_TOLERANCE = 1e-3
+"""Largest expected difference to the learner for the same weights, fp32 on a CPU."""
 GRACE_S = 30.0
 """How much later than its deadline an answer may come before its engine counts as stuck."""
 SWAP_TIMEOUT_S = 120.0
@@ -60,7 +62,7 @@ class LocalEngine:
 
     def __init__(
         self,
-        model: HybridModel,
+        model: PolicyModel,
         config: EngineConfig,
         *,
         clock: Callable[[], float] = time.monotonic,
@@ -75,7 +77,7 @@ class LocalEngine:
         self._capabilities = EngineCapabilities(
             name="local",
             max_model_tokens=config.max_model_tokens,
-            logprob_tolerance=1e-3,
+            logprob_tolerance=LOGPROB_TOLERANCE,
             routed_experts=model.config.num_experts > 0,
         )
         self._wakeup = threading.Condition()
@@ -142,8 +144,12 @@ class LocalEngine:
         swapped: asyncio.Future[None] = loop.create_future()
 
         def swap() -> None:
-            self._stepper.swap(snapshot, cache_policy)
-            self._call_loop(lambda: swapped.done() or swapped.set_result(None))
+            try:
+                self._stepper.swap(snapshot, cache_policy)
+            except WeightSyncError as refusal:
+                self._call_loop(lambda: swapped.done() or swapped.set_exception(refusal))
+            else:
+                self._call_loop(lambda: swapped.done() or swapped.set_result(None))
 
         self._post(swap)
         await self._wait_for(swapped, SWAP_TIMEOUT_S)

@@ -72,6 +72,11 @@ class SessionSlots:
     def num_sessions(self) -> int:
         return len(self._kept) - self._num_prompts
 
+    @property
+    def kept_states(self) -> list[KeptState]:
+        """Least recently used first."""
+        return list(self._kept.values())
+
     def find_session(self, session_id: str, prompt_ids: np.ndarray) -> KeptState | None:
         """The state of this session if it is that of a proper prefix of the prompt."""
         kept = self._kept.get(("session", session_id))
@@ -121,6 +126,8 @@ class SessionSlots:
     def keep_prompt(self, slot: int, prompt_ids: np.ndarray, end: PromptEnd) -> None:
         """Copy the state of a running slot that was just prefilled, if a slot is free or an older prompt can go."""
         key = ("prompt", prompt_ids.tobytes())
+        if key in self._kept:
+            return
         if not self._free or self._num_prompts == MAX_PROMPTS:
             oldest = next((kept for key, kept in self._kept.items() if key[0] == "prompt"), None)
             if oldest is None:
