@@ -29,8 +29,6 @@ from rollout.trajectory import EpisodeError, StopReason, Trajectory, Turn
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-SCORE_TIMEOUT_S = 120.0
-"""Longest wait for the score of an episode that a limit ended; the host's own reward deadline is shorter."""
 ENGINE_GRACE_S = 30.0
 """How far an engine may overrun a request's deadline before it counts as hung."""
 CLOSE_TIMEOUT_S = 10.0
@@ -48,6 +46,9 @@ class EpisodeSettings:
     max_model_tokens: int
     """Most tokens of the whole conversation."""
     deadline_s: float
+    """Past it an episode ends and is scored as it stands."""
+    score_timeout_s: float = 120.0
+    """Longest wait for the score of an episode that a limit ended; must exceed the host's own reward deadline."""
     seed: int
     """Of the run."""
     salt: str = ""
@@ -243,7 +244,7 @@ class _Episode:
         """A limit was reached: have the episode scored as it stands."""
         self.where = "reward"
         asked = self.clock()
-        step = await asyncio.wait_for(self.host.finish(self.key), SCORE_TIMEOUT_S)
+        step = await asyncio.wait_for(self.host.finish(self.key), self.settings.score_timeout_s)
         self.env_seconds += self.clock() - asked
         self._take(step)
         self._score(step, stop)

@@ -78,9 +78,9 @@ class RolloutLock:
             self._wake()
 
     async def _wait_until(self, ready: Callable[[], bool], what: str) -> None:
-        loop = asyncio.get_running_loop()
+        loop, timeout_s = asyncio.get_running_loop(), self.timeout_s
         try:
-            async with asyncio.timeout(self.timeout_s):
+            async with asyncio.timeout(timeout_s):
                 while not ready():
                     changed: asyncio.Future[None] = loop.create_future()
                     self._waiters.add(changed)
@@ -90,7 +90,7 @@ class RolloutLock:
                         self._waiters.discard(changed)
         except TimeoutError:
             raise TimeoutError(
-                f"rollout lock ({self.mode}): a {what} waited {self.timeout_s:g} s; {self._units} units running, "
+                f"rollout lock ({self.mode}): a {what} waited {timeout_s:g} s; {self._units} units running, "
                 f"{self._swaps_waiting} swaps waiting, swap running: {self._swapping}"
             ) from None
 
