@@ -1,0 +1,81 @@
+# make demo    set up, train a tiny model to use tools, evaluate it          SEED=2, ARGS="steps=30"
+# make test    set up, check style and types, run every test                 PYTEST_ARGS="-m 'not slow'"
+# make setup   the virtual environment alone     make lint     checks alone     make clean     remove it
+#
+# PYTHON=python3.12   another interpreter (>= 3.11)          VENV=.venv   another place for the environment
+# TORCH_INDEX=URL     index to take torch from: PyTorch's CPU wheel index, or the one for your CUDA version
+# TORCH_BUILD=any     keep whatever build of torch pip chose; by default a machine without a GPU refuses a CUDA build
+.DEFAULT_GOAL := help
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-print-directory
+
+STARTED := $(shell date +%s)
+VENV ?= .venv
+BIN := $(VENV)/bin
+SEED ?= 1
+ARGS ?=
+PYTEST_ARGS ?=
+TORCH_INDEX ?=
+TORCH_BUILD ?= auto
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+  "$$p" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; \
+  done)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help setup setup-test demo test lint clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+setup: $(VENV)/.installed
+
+$(BIN)/python:
+	@if [ -z "$(PYTHON)" ]; then \
+	  echo "Shoal needs Python 3.11 or newer with its venv module, and none was found. Name one: make PYTHON=path" >&2; \
+	  exit 2; fi
+	@echo "virtual environment in $(VENV), of $$("$(PYTHON)" --version)"
+	@"$(PYTHON)" -m venv $(VENV)
+
+# torch first and alone: its build is looked at before anything is installed that only the wrong one needs
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	@echo "installing torch"
+	@$(PIP) --no-deps torch $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)")
+	@if [ "$(TORCH_BUILD)" != any ]; then $(BIN)/python scripts/torch_build.py || { \
+	  $(BIN)/python -m pip uninstall --quiet --yes torch; exit 2; }; fi
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.torch
+	@echo "installing shoal"
+	@$(PIP) -e .
+	@if [ "$(TORCH_BUILD)" != any ]; then $(BIN)/python scripts/torch_build.py; fi
+	@touch $@
+
+setup-test: $(VENV)/.installed-test
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@echo "installing test tools"
+	@$(PIP) -e '.[test]'
+	@touch $@
+
+demo: setup
+	@SHOAL_SETUP_SECONDS=$$(( $$(date +%s) - $(STARTED) )) $(BIN)/shoal train env=calculator seed=$(SEED) $(ARGS)
+	@echo
+	@echo "where to look next:"
+	@echo "  runs/latest/summary.json              the numbers"
+	@echo "  $(BIN)/shoal show latest             the curve"
+	@echo "  $(BIN)/shoal show latest --traj 1    one episode, word by word"
+	@echo "  $(BIN)/shoal train env=shop_db       another environment"
+
+lint: setup-test
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/lint-imports --no-logo
+
+test: lint
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
