@@ -1,40 +1,59 @@
-"""Pools of environments as Ray actors. All logic is in `envs.client`; here is only the transport."""
+"""Pools of environments as Ray actors. All logic is in `envs.client` and `envs.mailbox`; here is only the transport."""
 
+import logging
+import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
-import ray
-from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-from envs.client import PoolClient, PoolService
+from envs.client import MailboxHost, PoolService
 from envs.errors import HostLost
 from envs.mailbox import Delivery, Mailbox, Request
 
 Result = TypeVar("Result")
 
-EnvPoolActor = ray.remote(PoolService)
-"""Start with `.options(max_restarts=-1, num_cpus=...).remote(reset_timeout_s=..., ...)`."""
+
+class EnvPoolActor(PoolService):
+    """A pool in a process of its own. `ray.remote(EnvPoolActor).options(max_restarts=-1, ...)` starts one."""
+
+    def __init__(
+        self,
+        reset_timeout_s: float = 30.0,
+        step_timeout_s: float = 30.0,
+        reward_timeout_s: float = 60.0,
+        log_folder: str = "",
+        name: str = "pool",
+    ) -> None:
+        """Failures and everything environments print go to `log_folder`/`name`.log, where a folder is given."""
+        super().__init__(
+            reset_timeout_s=reset_timeout_s, step_timeout_s=step_timeout_s, reward_timeout_s=reward_timeout_s
+        )
+        if log_folder:
+            _log_to_file(Path(log_folder) / f"{name}.log")
 
 
-def connect_pools(
-    pools: list[ActorHandle],
-    *,
-    client_name: str,
-    reset_timeout_s: float = 30.0,
-    step_timeout_s: float = 30.0,
-    reward_timeout_s: float = 60.0,
-) -> PoolClient:
-    """An `EnvHost` over pool actors; make it inside the event loop that uses it."""
-    # Unique per connection: a restarted worker must not collect the answers of its former life.
-    client_id = f"{client_name}-{uuid4().hex[:8]}"
-    return PoolClient(
-        [_mailbox(pool, client_id) for pool in pools],
-        reset_timeout_s=reset_timeout_s,
-        step_timeout_s=step_timeout_s,
-        reward_timeout_s=reward_timeout_s,
-    )
+class PoolClient(MailboxHost):
+    """An `EnvHost` over one or more `EnvPoolActor` handles."""
+
+    def __init__(
+        self,
+        *pools: Any,
+        reset_timeout_s: float = 30.0,
+        step_timeout_s: float = 30.0,
+        reward_timeout_s: float = 60.0,
+    ) -> None:
+        """Deadlines as given to the pools. Calls are made from one event loop."""
+        # Unique per connection: a restarted worker must not collect the answers of its former life.
+        client_id = uuid4().hex
+        super().__init__(
+            [_mailbox(pool, client_id) for pool in pools],
+            reset_timeout_s=reset_timeout_s,
+            step_timeout_s=step_timeout_s,
+            reward_timeout_s=reward_timeout_s,
+        )
 
 
 def _mailbox(pool: Any, client_id: str) -> Mailbox:
@@ -53,3 +72,13 @@ async def _answer(call: Callable[[], Awaitable[Result]]) -> Result:
         return await call()
     except RayError as error:
         raise HostLost(f"the environment pool is lost: {str(error).splitlines()[0]}") from error
+
+
+def _log_to_file(path: Path) -> None:
+    """Send log records and prints of this process, which is ours alone, to one file."""
+    stream = path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+    logging.getLogger().setLevel(logging.INFO)
+    sys.stdout = sys.stderr = stream

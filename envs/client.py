@@ -1,5 +1,6 @@
 """A far pool as an `EnvHost`: both ends of the line, still without its transport."""
 
+import asyncio
 import logging
 import zlib
 from collections import defaultdict
@@ -10,13 +11,14 @@ from envs.errors import HostLost
 from envs.mailbox import Delivery, Mailbox, MailboxServer, Request
 from envs.message import Message
 from envs.outcome import EnvFailure, ResetOutcome, StepOutcome
-from envs.pool import EnvPool
+from envs.pool import DIGESTS_AT_ONCE, EnvPool
 from envs.task import Task
 
 logger = logging.getLogger(__name__)
 
 GRACE_S = 10.0
 """Added to the pool's own deadline before a client gives up: the pool's verdict says more than silence."""
+_DIGEST_ATTEMPTS = 5
 
 
 class PoolService:
@@ -66,7 +68,7 @@ class PoolService:
             await self._pool.close(far_key)
 
 
-class PoolClient:
+class MailboxHost:
     """The `EnvHost` of a rollout worker: one or more far pools. A lost pool is an outcome of kind "infra"."""
 
     def __init__(
@@ -77,6 +79,7 @@ class PoolClient:
         step_timeout_s: float = 30.0,
         reward_timeout_s: float = 60.0,
         grace_s: float = GRACE_S,
+        retry_s: float = 2.0,
     ) -> None:
         """Deadlines as given to the pools; a call waits for them and `grace_s` more."""
         self._mailboxes = list(mailboxes)
@@ -84,6 +87,7 @@ class PoolClient:
         self._step_s = step_timeout_s + reward_timeout_s + grace_s
         self._finish_s = reward_timeout_s + grace_s
         self._grace_s = grace_s
+        self._retry_s = retry_s
 
     async def open(self, key: str, task: Task) -> ResetOutcome:
         try:
@@ -110,13 +114,16 @@ class PoolClient:
             logger.debug("close of %s: %s", key, error)  # a lost pool has closed everything
 
     async def digests(self, tasks: list[Task]) -> list[str]:
-        """As `EnvPool.digests`; "" for every task where the pool is lost."""
-        deadline_s = self._open_s + 0.1 * len(tasks)
-        try:
-            return await self._mailboxes[0].call("digests", (tasks,), deadline_s)
-        except HostLost as error:
-            logger.warning("no digests: %s", error)
-            return [""] * len(tasks)
+        """As `EnvPool.digests`. Asks again while the pool restarts, then raises HostLost: a made-up digest could let a
+        held-out problem into training."""
+        deadline_s = self._open_s * (1 + len(tasks) // DIGESTS_AT_ONCE)
+        for attempt in range(1, _DIGEST_ATTEMPTS):
+            try:
+                return await self._mailboxes[0].call("digests", (tasks,), deadline_s)
+            except HostLost as error:
+                logger.warning("no digests, attempt %d: %s", attempt, error)
+                await asyncio.sleep(self._retry_s)
+        return await self._mailboxes[0].call("digests", (tasks,), deadline_s)
 
     async def aclose(self) -> None:
         for mailbox in self._mailboxes:

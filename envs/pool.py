@@ -10,6 +10,7 @@ running operation of the same key.
 """
 
 import asyncio
+import hashlib
 import logging
 import time
 from collections.abc import Coroutine
@@ -26,6 +27,7 @@ from envs.worker_thread import WorkerThread
 
 logger = logging.getLogger(__name__)
 
+DIGESTS_AT_ONCE = 64
 _CLOSE_TIMEOUT_S = 5.0
 _CANCEL_GRACE_S = 0.2
 """How long a cancelled coroutine may take to clean up before it is left behind."""
@@ -118,19 +120,25 @@ class EnvPool:
         await asyncio.gather(*(self.close(key) for key in list(self._episodes)))
 
     async def digests(self, tasks: list[Task]) -> list[str]:
-        """Problem digests in the order of `tasks`; "" where the environment failed, which the log explains."""
-        digests = []
-        for task in tasks:
+        """Problem digests in the order of `tasks`.
+
+        A task whose environment fails gets one of its own: it is dispatched, and its episode records the failure.
+        """
+        slots = asyncio.Semaphore(DIGESTS_AT_ONCE)
+
+        async def digest(task: Task) -> str:
             episode = _Episode()
-            try:
-                digests.append((await self._open(episode, task)).problem_digest)
-            except _Failed as failed:
-                logger.warning("no digest of %s: %s", task.task_id, failed.failure.message)
-                digests.append("")
-            if episode.env is not None:
-                await self._close_env(episode.env)
-            await asyncio.sleep(0)  # let episodes run between thousands of inline resets
-        return digests
+            async with slots:
+                try:
+                    return (await self._open(episode, task)).problem_digest
+                except _Failed:
+                    identity = repr((task.env_id, task.seed, task.level, sorted(task.kwargs.items())))
+                    return hashlib.sha256(identity.encode()).hexdigest()
+                finally:
+                    if episode.env is not None:
+                        await self._close_env(episode.env)
+
+        return list(await asyncio.gather(*map(digest, tasks)))
 
     # --- parts ---
 

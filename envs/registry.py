@@ -7,13 +7,15 @@ exactly what the driver found.
 
 import difflib
 import functools
+import hashlib
 import importlib
 import inspect
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -48,6 +50,20 @@ def find_class(env_id: str) -> type[AgentEnv]:
     owner = _load(env_id)
     check_class(env_id, owner)
     return owner
+
+
+def environment_facts(env_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What a run's manifest says of its environments, by id: class, version, sha256 of the class's module."""
+    facts: dict[str, dict[str, Any]] = {}
+    for env_id in env_ids:
+        owner = find_class(env_id)
+        source = inspect.getsourcefile(owner)
+        facts[env_id] = {
+            "class": f"{owner.__module__}:{owner.__qualname__}",
+            "version": owner.version,
+            "sha256": hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else None,
+        }
+    return facts
 
 
 def construct(env_id: str, owner: type[AgentEnv], kwargs: Mapping[str, Any]) -> AgentEnv:

@@ -102,6 +102,7 @@ class Chatty(AgentEnv):
 
 class RaisesInTask(AgentEnv):
     def task(self, rng: random.Random, level: int) -> str:
+        print("this environment prints")
         return str({}["missing shelf"])
 
     def reward(self, answer: str) -> float:

@@ -1,9 +1,9 @@
 """One pool as a real Ray actor: episodes, a kill, a restart."""
 
 import asyncio
-import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +19,7 @@ def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     import ray
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
@@ -28,14 +29,15 @@ def task(seed: int) -> Task:
     return Task(task_id=f"t/{seed}", env_id="Calculator-v0", env_name="e", seed=seed)
 
 
-def test_a_pool_actor_plays_episodes_and_works_again_after_it_was_killed(ray_cluster: None) -> None:
+def test_a_pool_actor_plays_episodes_and_works_again_after_it_was_killed(ray_cluster: None, tmp_path: Path) -> None:
     import ray
 
-    from envs.actors import EnvPoolActor, connect_pools
+    from envs.actors import EnvPoolActor, PoolClient
 
     async def scenario() -> None:
-        pool = EnvPoolActor.options(max_restarts=-1, num_cpus=1).remote(step_timeout_s=5.0)
-        host = connect_pools([pool], client_name="test")
+        actor = ray.remote(EnvPoolActor).options(max_restarts=-1, num_cpus=1, max_concurrency=1000)
+        pool: Any = actor.remote(30.0, 5.0, 5.0, str(tmp_path), "pool-0")
+        host = PoolClient(pool, step_timeout_s=5.0, reward_timeout_s=5.0)
         opened = await asyncio.gather(*(host.open(str(i), task(i)) for i in range(200)))
         assert [o.failure for o in opened] == [None] * 200
         steps = await asyncio.gather(*(host.step(str(i), call("add", a=i, b=1)) for i in range(200)))
@@ -51,7 +53,13 @@ def test_a_pool_actor_plays_episodes_and_works_again_after_it_was_killed(ray_clu
             await asyncio.sleep(0.2)
         assert reopened.failure is None
         assert reopened.problem_digest == opened[1].problem_digest
+        broken = Task(task_id="b", env_id="tests.broken_envs:RaisesInTask", env_name="e", seed=1)
+        failure = (await host.open("b", broken)).failure
+        assert failure is not None
+        assert "broken_envs.py" in failure.traceback
         await host.aclose()
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     asyncio.run(asyncio.wait_for(scenario(), 90))
+    log = (tmp_path / "pool-0.log").read_text()
+    assert "environment failed (env, reset): KeyError: 'missing shelf'" in log
+    assert "this environment prints" in log

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from envs.base import call, say
-from envs.client import PoolClient, PoolService
+from envs.client import MailboxHost, PoolService
 from envs.errors import HostLost
 from envs.mailbox import Delivery, Mailbox, MailboxServer, Request
 from envs.task import Task
@@ -200,7 +200,7 @@ def test_a_client_that_stopped_polling_is_forgotten_and_another_is_not() -> None
 def test_a_pool_behind_a_mailbox_plays_episodes_and_reports_its_death_as_infra() -> None:
     async def scenario() -> None:
         line = Line(PoolService())
-        host = PoolClient([mailbox(line)], grace_s=2.0)
+        host = MailboxHost([mailbox(line)], grace_s=2.0, retry_s=0.01)
         opened = await host.open("a", TASK)
         assert opened.failure is None
         step = await host.step("a", call("add", a=2, b=3))
@@ -213,6 +213,8 @@ def test_a_pool_behind_a_mailbox_plays_episodes_and_reports_its_death_as_infra()
         died = await host.step("b", say("5"))
         assert died.failure is not None
         assert (died.failure.kind, died.failure.where, died.reward) == ("infra", "step", None)
+        with pytest.raises(HostLost):
+            await host.digests([TASK])
         line.cut = False
         unknown = await host.step("b", say("5"))  # the new pool has never heard of the episode
         assert unknown.failure is not None
@@ -226,7 +228,7 @@ def test_a_pool_behind_a_mailbox_plays_episodes_and_reports_its_death_as_infra()
 def test_episodes_of_two_clients_with_equal_keys_are_kept_apart_and_die_with_their_client() -> None:
     async def scenario() -> None:
         service = PoolService(client_timeout_s=0.2)
-        hosts = [PoolClient([mailbox(Line(service), name)]) for name in ("w0", "w1")]
+        hosts = [MailboxHost([mailbox(Line(service), name)]) for name in ("w0", "w1")]
         for host in hosts:
             await host.open("a", TASK)
         await hosts[0].close("a")

@@ -9,7 +9,7 @@ import pytest
 
 from envs.errors import MalformedEnvironment, UnknownEnvironment
 from envs.library.calculator import Calculator
-from envs.registry import list_envs, make_env
+from envs.registry import environment_facts, list_envs, make_env
 from tests.broken_envs import Doubling
 
 ROOT = Path(__file__).parent.parent
@@ -97,3 +97,10 @@ def test_an_id_registered_by_hand_works_and_is_not_taken_over() -> None:
         assert isinstance(make_env("HandMade-v0"), Doubling)
     finally:
         del gymnasium.registry["HandMade-v0"]
+
+
+def test_facts_for_the_manifest_name_class_version_and_source() -> None:
+    facts = environment_facts(["Calculator-v0", "tests.broken_envs:Doubling"])
+    assert facts["Calculator-v0"]["class"] == "envs.library.calculator:Calculator"
+    assert facts["Calculator-v0"]["version"] == 0
+    assert {len(row["sha256"]) for row in facts.values()} == {64}

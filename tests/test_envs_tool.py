@@ -3,6 +3,9 @@
 from typing import Literal
 
 import pytest
+from hypothesis import given as random_input
+from hypothesis import settings
+from hypothesis import strategies as st
 
 from envs.errors import BadArguments, MalformedEnvironment
 from envs.tool import Tool, as_text, tools_of_class
@@ -102,3 +105,15 @@ def test_results_are_text_as_it_is_and_compact_json_else() -> None:
         '[1,"é"]',
         '{"a":true}',
     ]
+
+
+@settings(max_examples=200, deadline=None)
+@random_input(st.dictionaries(st.sampled_from(["query", "limit", "tags", "mode", "", "x"]), st.text() | st.none()))
+def test_no_arguments_raise_anything_but_bad_arguments(arguments: dict) -> None:
+    try:
+        parsed = Tool.from_function(search).parse(arguments)
+    except BadArguments as error:
+        assert len(str(error)) < 60
+    else:
+        assert isinstance(parsed["limit"], int)
+        assert parsed["query"] == arguments["query"]

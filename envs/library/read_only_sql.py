@@ -10,7 +10,7 @@ from collections.abc import Collection
 
 FUNCTIONS = frozenset({"sum", "count", "max", "min", "avg", "total", "abs", "round", "length", "coalesce", "like"})
 _LIMITS = {
-    sqlite3.SQLITE_LIMIT_LENGTH: 10_000,
+    sqlite3.SQLITE_LIMIT_LENGTH: 1_000,
     sqlite3.SQLITE_LIMIT_SQL_LENGTH: 1_000,
     sqlite3.SQLITE_LIMIT_COLUMN: 20,
     sqlite3.SQLITE_LIMIT_EXPR_DEPTH: 40,
@@ -22,7 +22,7 @@ _LIMITS = {
     sqlite3.SQLITE_LIMIT_WORKER_THREADS: 0,
 }
 _STEPS_PER_TICK = 1_000
-_MAX_TICKS = 300
+_MAX_TICKS = 50
 
 
 class ReadOnlySql:
@@ -34,6 +34,7 @@ class ReadOnlySql:
     def __init__(self, connection: sqlite3.Connection, *, tables: Collection[str], max_rows: int = 10) -> None:
         """Takes the filled connection over. `tables` may be read, and sqlite_master, which describes them."""
         connection.commit()
+        connection.execute("pragma temp_store = memory")  # a large sort must not write files
         self._connection = connection
         self._max_rows = max_rows
         self._ticks = 0
