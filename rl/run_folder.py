@@ -271,7 +271,10 @@ def write_atomic(path: Path, text: str) -> None:
     """Replace a file so that readers see the old or the new text, never a part. Raises OSError."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        partial.write_text(text, encoding="utf-8")
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut after the rename may leave an empty file
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)

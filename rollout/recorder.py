@@ -3,9 +3,9 @@
 `Recorder` is the one writer. Its methods hand work to one thread through a bounded queue and return at once; what went
 wrong on the disk is raised by the next call. `TrajectoryReader` reads while the run goes on, in any process.
 
-A process kill loses nothing that `flush` returned for; a power cut may lose the last transactions (synchronous=NORMAL).
-So flush before `Ledger.commit`, and on resume queue again what the ledger has as committed and this file has not:
-the ledger decides, this file holds the content.
+What `flush` returned for survives a kill; a power cut may take the last transactions (synchronous=NORMAL). The ledger
+can therefore know of groups that are not here: a resumed run queues them again. Flush before a checkpoint, so that
+this cannot happen to what was trained on. The ledger decides what became of a group, this file holds its content.
 """
 
 import difflib
@@ -58,7 +58,7 @@ Job = Callable[[sqlite3.Connection], None]
 class Recorder:
     """Writes trajectories and their fate.
 
-    Example: recorder.write([group]); recorder.flush(10.0); ledger.commit(...); later
+    Example: recorder.write([group]); later
     recorder.mark_consumed(7, [TrainedRow(trajectory_id="train/calculator/0/3", advantage=0.5)]).
     """
 
@@ -145,31 +145,31 @@ class Recorder:
 
     def _run(self, opened: threading.Event) -> None:
         """The thread. After an error it goes on emptying the queue, so that nobody waits for it in vain."""
-        db: sqlite3.Connection | None = None
         try:
             db = self._connect(self._path)
-        except Exception as error:  # crosses to the caller's thread, which raises it
+        except Exception as error:  # crosses to the constructor's thread, which raises it
             self._error = error
-        opened.set()
-        while True:
+            return
+        finally:
+            opened.set()
+        ended = False
+        while not ended:
             items = [self._jobs.get()]
             while len(items) < MAX_BATCH and not self._jobs.empty():
                 items.append(self._jobs.get())
-            jobs = [item for item in items if item is not None and not isinstance(item, threading.Event)]
-            if db is not None and self._error is None:
+            if self._error is None:
                 try:
                     with db:
-                        for job in jobs:
-                            job(db)
+                        for item in items:
+                            if item is not None and not isinstance(item, threading.Event):
+                                item(db)
                 except Exception as error:  # crosses to the caller's thread, which raises it
                     self._error = error
             for item in items:
                 if isinstance(item, threading.Event):
                     item.set()
-            if None in items:
-                break
-        if db is not None:
-            db.close()
+            ended = None in items
+        db.close()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

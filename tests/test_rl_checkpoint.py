@@ -146,9 +146,9 @@ def test_death_at_any_call_leaves_the_old_or_the_new_checkpoint(tmp_path: Path, 
         save(folder, 2, keep=2)
         with pytest.raises(Killed):
             save(folder, 3, keep=2, disk=DyingFileSystem(last, power_cut=power_cut))
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # no damaged checkpoint is ever in sight
-            loaded.append(load_latest(folder).step)
+        loaded.append(load_latest(folder).step)
+        for path in list_checkpoints(folder):
+            read_checkpoint(path)  # no damaged one is ever in sight
         assert_is(folder, loaded[-1])
         save(folder, 4, keep=2)  # a later save clears the remains
         assert_is(folder, 4)
