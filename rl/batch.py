@@ -200,7 +200,7 @@ def collate(rows: Sequence[TokenRow], indices: Sequence[int], *, device: torch.d
     starts = np.cumsum([0] + [len(t.token_ids) for t in members])
     positions = [np.flatnonzero(t.loss_mask) for t in members]
     token_ids = np.concatenate([t.token_ids for t in members])
-    sampled = np.concatenate([start + p for start, p in zip(starts, positions, strict=False)])
+    sampled = np.concatenate([start + p for start, p in zip(starts[:-1], positions, strict=True)])
 
     def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device)
