@@ -1,8 +1,10 @@
 """Where the parts of a run live: one process, or Ray actors. The rest of `rl` sees the same clients either way."""
 
 import asyncio
+import logging
 import os
 import secrets
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
     from envs.task import Task
     from rl.report import LearnerReport
     from rollout.worker import RolloutWorker
+
+
+OBJECT_STORE_BYTES = 256 << 20
+"""Shared memory for weights and groups on one machine; what does not fit goes to disk."""
 
 
 class ClusterError(RuntimeError):
@@ -112,31 +118,28 @@ def build_pool(config: TrainConfig) -> Any:
     )
 
 
-def start_ray(config: TrainConfig, folder: Path) -> None:
+def start_ray(config: TrainConfig) -> None:
     """Start a private Ray (or join the one named), dashboard off, token auth on, nothing sent anywhere.
 
-    `address="local"` because a bare init would join any cluster that happens to run on this machine; the token file is
-    the run's own and readable by its owner only, because Ray listens on every interface.
+    `address="local"` because a bare init would join any cluster that happens to run on this machine. The token lives in
+    this process and its children only: Ray listens on every interface, and its own token file is readable by others.
     """
-    cores = config.cluster.num_cpus or (config.rollout.workers + config.rollout.env_pools + 2)
-    environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_DEDUP_LOGS": "0"}
-    if config.cluster.address == "local" and "RAY_AUTH_TOKEN" not in os.environ:
-        token = folder / "ray_token"
-        token.touch(mode=0o600)
-        token.write_text(secrets.token_hex(32))
-        environment["RAY_AUTH_TOKEN_PATH"] = str(token)
-    for name, value in environment.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if config.cluster.address == "local" and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    if "ray" not in sys.modules:  # read once, when Ray is imported; later on init turns it on itself
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
-    options: dict[str, Any] = {"num_cpus": cores, "object_store_memory": 512 << 20}
-    if config.cluster.address != "local":
-        options = {}
+    options: dict[str, Any] = {}
+    if config.cluster.address == "local":
+        cores = config.cluster.num_cpus or (config.rollout.workers + config.rollout.env_pools + 2)
+        options = {"num_cpus": cores, "object_store_memory": OBJECT_STORE_BYTES}
     ray.init(
         address=config.cluster.address,
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
         **options,
     )
 
@@ -151,21 +154,22 @@ class RayCluster:
     @staticmethod
     async def start(config: TrainConfig, folder: Path) -> "RayCluster":
         """Start every actor and wait until each answers. Raises `ClusterError` naming the part that did not."""
+        await asyncio.to_thread(start_ray, config)
         import ray
 
-        from envs.actors import EnvPoolActor, PoolClient
+        from envs.actors import EnvPoolActor
         from rl.actors import LearnerActor, RayLearner
-        from rollout.actors import RayWorkerClient, RolloutWorkerActor, answer
+        from rollout.actors import RayWorkerClient, RolloutWorkerActor, answer, connect
 
-        await asyncio.to_thread(start_ray, config, folder)
         self = RayCluster()
         logs = str((folder / "logs").resolve())
         # the driver's working directory reaches actors, so that environments beside it import there too
         runtime_env = {"env_vars": {"PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}}
         common: dict[str, Any] = {"max_task_retries": 0, "runtime_env": runtime_env}
-        learner = ray.remote(LearnerActor).options(num_cpus=1, max_restarts=0, **common).remote(config, logs)
+        remote: Any = ray.remote  # its overloads know functions better than classes
+        learner = remote(LearnerActor).options(num_cpus=1, max_restarts=0, **common).remote(config, logs)
         pools = [
-            ray.remote(EnvPoolActor)
+            remote(EnvPoolActor)
             .options(num_cpus=0.5, max_restarts=-1, max_concurrency=1000, **common)
             .remote(
                 config.env.reset_timeout_s, config.env.step_timeout_s, config.env.reward_timeout_s, logs, f"pool-{i}"
@@ -173,12 +177,12 @@ class RayCluster:
             for i in range(config.rollout.env_pools)
         ]
         actors = [
-            ray.remote(concurrency_groups={"control": 4})(RolloutWorkerActor)
+            remote(concurrency_groups={"control": 4})(RolloutWorkerActor)
             .options(num_cpus=1, max_restarts=-1, max_concurrency=10_000, **common)
-            .remote(config, f"worker-{i}", pools[i % len(pools)], logs)
+            .remote(config, f"worker-{i}", logs, *pools)
             for i in range(config.rollout.workers)
         ]
-        self.host = PoolClient(pools[0])
+        self.host = connect(pools, config.env)
         self.learner = RayLearner(learner, deadline_s=config.learner.step_timeout_s)
         self.workers = [
             RayWorkerClient(f"worker-{i}", actor, episode_deadline_s=config.rollout.episode_deadline_s)

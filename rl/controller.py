@@ -12,8 +12,8 @@ Loops, and what each waits for / is woken by
 - fleet.heartbeat  its interval; revives workers that died or fell silent
 
 The order inside a step matters: a group is marked consumed in the ledger before its version is published, because its
-slot may be given to a new group at that moment; a checkpoint is asked for before the next learner step, so that weights,
-ledger and task counter are one consistent cut.
+slot may be given to a new group at that moment; a checkpoint is asked for before the next learner step, so that
+weights and ledger are one consistent cut.
 """
 
 import asyncio
@@ -321,7 +321,7 @@ class Controller:
             **self._selection_bias(trajectories),
         }
         self._monitor.step(self.progress.step, self.progress.policy_version, metrics)
-        self._folder.update(step=self.progress.step)
+        self._folder.heartbeat(step=self.progress.step)
 
     def _selection_bias(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """Mean over all trained / mean over all dispatched: 1 unless what is trained on is a biased choice."""

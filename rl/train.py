@@ -13,23 +13,22 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rollout.trajectory_reader import TrajectoryReader
 
 from conf.loading import read_config, resolved_yaml
 from conf.schema import TrainConfig
 from envs.registry import environment_facts
 from envs.task import Task
 from envs.task_source import TaskEntry, TaskSource, held_out_tasks
-from policy.initial import initial_weights_file
 from rl.checkpoint import Checkpoint, CheckpointError, load_latest
 from rl.cluster import Cluster, start_cluster
 from rl.controller import Controller, Progress
 from rl.evaluate import Evaluation
 from rl.monitor import Monitor
+from rl.preflight import check_parts
 from rl.run_folder import RunFolder, RunStatus
 from rl.transcript import transcript_text
 from rollout.ledger import GroupState, Ledger
-from rollout.recorder import Recorder
+from rollout.recorder import Recorder, TrajectoryReader
 from rollout.trajectory import TrajectoryGroup
 
 
@@ -49,14 +48,11 @@ def train(config: TrainConfig) -> int:
     if config.dry_run:
         print(resolved_yaml(config), end="")
         return 0
-    facts = environment_facts([entry.env_id for entry in task_entries(config)])  # an unknown env stops here
-    if config.policy.kind == "hybrid":
-        initial_weights_file(config.policy, config.env.name)  # so does a missing warm start
+    check_parts(config)  # unknown names and missing files stop here, before anything is made or started
+    facts = environment_facts([entry.env_id for entry in task_entries(config)])
     folder = RunFolder.create(config.run.root, config.env.name, _policy_name(config), config.run.name)
     folder.write_config(resolved_yaml(config))
-    folder.write_manifest(
-        argv=sys.argv, seeds={"run": config.seed, "held_out": config.evaluation.seed}, environments=facts
-    )
+    folder.write_manifest(seed=config.seed, environments=facts)
     return _run(config, folder, None, resumed=False)
 
 
@@ -78,22 +74,23 @@ def _policy_name(config: TrainConfig) -> str:
 
 
 def _run(config: TrainConfig, folder: RunFolder, checkpoint: Checkpoint | None, *, resumed: bool) -> int:
-    resume_step = (checkpoint.step if checkpoint else 0) if resumed else None
-    monitor = Monitor(folder.path, config, resume_step=resume_step)
+    monitor = Monitor(folder.path, config)
+    if resumed:
+        monitor.rewind(checkpoint.step if checkpoint else 0)
     try:
         outcome = asyncio.run(_main(config, folder, monitor, checkpoint, resumed=resumed))
     except KeyboardInterrupt:  # the second Ctrl-C: stop hard, keep what is on disk
         outcome = RunStatus.INTERRUPTED
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
-        folder.update(status=RunStatus.FAILED, reason=reason)
+        folder.finish("failed", error=reason)
         monitor.event("run_failed", error=reason)
         monitor.close()
         raise
-    folder.update(status=outcome)
+    folder.finish(outcome)
     monitor.close()
     if outcome == RunStatus.INTERRUPTED:
-        print(f"\ninterrupted; continue with: shoal resume {folder.run_id}", file=sys.stderr)
+        print(f"\ninterrupted; continue with: shoal resume {folder.name}", file=sys.stderr)
         return 130
     return 0
 
@@ -259,7 +256,7 @@ def _show_end(
         f"{summary['env']}: success {summary['success_before']:.3f} -> {summary['success_after']:.3f} "
         f"(95% interval {low:.3f} to {high:.3f}, {summary['n']} held-out tasks, overlap with training "
         f"{summary['held_out_overlap']}), {summary['train_seconds']:.0f} s\n"
-        f"run folder {folder.path}\nlook closer: shoal show {folder.run_id} --traj 1"
+        f"run folder {folder.path}\nlook closer: shoal show {folder.name} --traj 1"
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError, WorkerCrashedError
 
-from conf.schema import TrainConfig
+from conf.schema import EnvConfig, TrainConfig
 from envs.actors import PoolClient
 from envs.task import Task
 from rollout.failpoint import Failpoint
@@ -44,10 +44,20 @@ async def answer(call: Awaitable[T], *, who: str, deadline_s: float) -> T:
         raise (error.cause if isinstance(error.cause, Exception) else error) from error
 
 
+def connect(pools: Sequence[Any], env: EnvConfig) -> PoolClient:
+    """A client of its own for this process, over all pools."""
+    return PoolClient(
+        *pools,
+        reset_timeout_s=env.reset_timeout_s,
+        step_timeout_s=env.step_timeout_s,
+        reward_timeout_s=env.reward_timeout_s,
+    )
+
+
 class RolloutWorkerActor:
     """A `RolloutWorker` in a process of its own. Made by `rl.cluster`."""
 
-    def __init__(self, config: TrainConfig, name: str, pool: Any, log_folder: str) -> None:
+    def __init__(self, config: TrainConfig, name: str, log_folder: str, *pools: Any) -> None:
         import torch
 
         from rollout.worker import build_worker
@@ -57,7 +67,7 @@ class RolloutWorkerActor:
         # a failpoint is for the first life only: the restarted worker must get past it
         first_life = not ray.get_runtime_context().was_current_actor_reconstructed
         failpoint = Failpoint(config.run.debug_failpoint if first_life else "")
-        self._worker = build_worker(config, name, PoolClient(pool), failpoint)
+        self._worker = build_worker(config, name, connect(pools, config.env), failpoint)
 
     async def run_lease(self, lease: Lease) -> TrajectoryGroup:
         return await self._worker.run_lease(lease)

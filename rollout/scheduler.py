@@ -2,8 +2,8 @@
 
 Invariants
 - At most (S+1)*P groups are alive; a new one is admitted only when the slot gate gives a slot (rollout/staleness.py).
-- Every issued group ends consumed or dropped with a reason, whatever workers do: a lost lease is given out again under a
-  new attempt, and a late result of an old attempt is refused by the ledger.
+- Every issued group ends consumed or dropped with a reason, whatever workers do: a lost lease is given out again under
+  a new attempt, and a late result of an old attempt is refused by the ledger.
 - A group is leased only to a worker that serves at least the version published when the group was admitted.
 
 Loops
