@@ -8,7 +8,7 @@ Example: load_config(["env=tool_gate", "rollout.max_staleness=0"]).rollout.max_s
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from itertools import product
 from math import isfinite
@@ -112,13 +112,15 @@ def options_of(group: str, folders: Sequence[Path] = (CONF_FOLDER,)) -> list[str
 
 
 def _parse(argv: Sequence[str]) -> list[Override]:
+    parser, overrides = OverridesParser.create(), []
     for word in argv:
         if not re.match(r"[~+]{0,2}[^=\s]+=", word):
             raise ConfigError(f"{word!r} is not key=value")
-    try:
-        return OverridesParser.create().parse_overrides(list(argv))
-    except HydraException as error:
-        raise ConfigError(_one_line(error)) from None
+        try:
+            overrides.append(parser.parse_override(word))
+        except HydraException as error:
+            raise ConfigError(f"{word!r} cannot be read: {str(error).splitlines()[0]}") from None
+    return overrides
 
 
 def _hydra_words(override: Override, folders: Sequence[Path]) -> list[str]:
@@ -147,7 +149,7 @@ def _short_name(env_id: str) -> str:
 
 def _check_key(key: str) -> None:
     """Raise unless the schema has the key, or it lies inside a mapping whose keys are free."""
-    _refuse_code_key(key)
+    _refuse_code(key)
     kind: Any = TrainConfig
     parts = key.split(".")
     for depth, part in enumerate(parts):
@@ -175,9 +177,12 @@ def _compose(config_name: str, words: Sequence[str]) -> dict[str, Any]:
     try:
         with initialize_config_module("conf", version_base="1.3"):
             composed = compose(config_name, overrides=list(words))
+        for key, value in _walk(OmegaConf.to_container(composed)):
+            if value == "???":  # merged below, it would let the default through
+                raise ConfigError(f"{key} is missing: a config asks for it and nothing gives it")
         # over the defaults, so that ${steps} finds what no YAML sets
         return _container(OmegaConf.merge(OmegaConf.create(asdict(TrainConfig())), composed))
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, OSError) as error:
         raise ConfigError(_one_line(error)) from None
 
 
@@ -189,7 +194,8 @@ def _container(tree: Any) -> dict[str, Any]:
 
 
 def _checked(tree: dict[str, Any]) -> TrainConfig:
-    _refuse_code(tree)
+    for key, _ in _walk(tree):
+        _refuse_code(key)
     config = _build(TrainConfig, tree, "")
     check_config(config)
     return config
@@ -231,18 +237,16 @@ def _build_section(kind: Any, value: Any, key: str) -> Any:
     return kind(**{name: _build(kinds[name], item, f"{prefix}{name}") for name, item in value.items()})
 
 
-def _refuse_code(value: Any, prefix: str = "") -> None:
-    """Raise at "_target_" and its like anywhere, free mappings included: configs name no code for hydra to run."""
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            _refuse_code_key(f"{prefix}{name}")
-            _refuse_code(item, f"{prefix}{name}.")
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            _refuse_code(item, f"{prefix}{index}.")
+def _walk(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key with its value, sections and list items included."""
+    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list) else ()
+    for name, value in items:
+        yield f"{prefix}{name}", value
+        yield from _walk(value, f"{prefix}{name}.")
 
 
-def _refuse_code_key(key: str) -> None:
+def _refuse_code(key: str) -> None:
+    """Raise at "_target_" and its like, in free mappings too: configs name no code for hydra to run."""
     if CODE_KEY.search(key):
         raise ConfigError(f"{key!r} is refused: configs hold values, never code to run")
 
