@@ -27,6 +27,30 @@ CHUNK_SIZE = 32
 """Tokens solved together. 32 beats 64 on a CPU: the work inside a chunk grows with its square."""
 
 
+class _ShortConvolution(torch.autograd.Function):
+    """y[i] = silu(sum_j x[i + j] w[j]) down the rows; W - 1 fewer rows come out than go in."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        rows = x.shape[0] - len(weight) + 1
+        mixed = x[:rows] * weight[0]
+        for j in range(1, len(weight)):
+            mixed.addcmul_(x[j : j + rows], weight[j])
+        ctx.save_for_backward(x, weight, mixed)
+        return F.silu(mixed)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, mixed = ctx.saved_tensors
+        rows = len(mixed)
+        d_mixed = torch.ops.aten.silu_backward(grads[0], mixed)
+        d_x, d_weight = torch.zeros_like(x), torch.empty_like(weight)
+        for j in range(len(weight)):
+            d_x[j : j + rows].addcmul_(d_mixed, weight[j])
+            torch.sum(d_mixed * x[j : j + rows], 0, out=d_weight[j])
+        return d_x, d_weight
+
+
 class _UnitLowerInverse(torch.autograd.Function):
     """(I + A)^-1 of strictly lower A; with X the inverse, dA = -tril(X^T dX X^T, -1)."""
 
@@ -44,6 +68,11 @@ class _UnitLowerInverse(torch.autograd.Function):
         return ((transposed @ grads[0] @ transposed).tril_(-1).neg_(),)
 
 
+def _decay(log_decay: Tensor) -> Tensor:
+    """exp, with 0 for what is below 1e-17: denormal numbers would slow the products after it several times."""
+    return log_decay.masked_fill(log_decay < -40.0, -torch.inf).exp()
+
+
 def chunked_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, alive: list[int], state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -57,14 +86,14 @@ def chunked_delta_rule(
     size = q.shape[2]
     later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
     # Masked before exp: above the diagonal the difference is positive and may overflow.
-    decay = (cum.unsqueeze(-1) - cum.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()
+    decay = _decay((cum.unsqueeze(-1) - cum.unsqueeze(-2)).masked_fill(later, -torch.inf))
     inverse = _UnitLowerInverse.apply(((k @ k.mT) * decay * beta.unsqueeze(-1)).tril(-1))
-    from_start = cum.exp()
+    from_start = _decay(cum)
     u = inverse @ (v * beta.unsqueeze(-1))
     w = inverse @ (k * (beta * from_start).unsqueeze(-1))
     within = (q @ k.mT) * decay
     q_in = q * from_start.unsqueeze(-1)
-    k_out = k * (cum[..., -1:] - cum).exp().unsqueeze(-1)
+    k_out = k * _decay(cum[..., -1:] - cum).unsqueeze(-1)
     whole = from_start[..., -1:].unsqueeze(-1)
 
     if state is None:
@@ -164,8 +193,10 @@ class GatedDeltaNet(nn.Module):
         )
         if (repeats := self.num_heads // self.num_key_heads) > 1:
             q, k = (y.repeat_interleave(repeats, 1) for y in (q, k))
-        g = -self.A_log.float().exp() * F.softplus(self.in_proj_a(x).float() + self.dt_bias.float())
-        beta = self.in_proj_b(x).float().sigmoid()
+        narrow = torch.cat([self.in_proj_z.weight, self.in_proj_b.weight, self.in_proj_a.weight])
+        gate, b, a = F.linear(x, narrow).float().split([self.splits[1], self.num_heads, self.num_heads], -1)
+        g = -self.A_log.float().exp() * F.softplus(a + self.dt_bias.float())
+        beta = b.sigmoid()
         num_rows = packing.token_of_chunk_row.shape[0]
         g, beta = (
             place_rows(y, packing.chunk_rows, num_rows).unflatten(0, (-1, CHUNK_SIZE)).mT.contiguous()
@@ -176,8 +207,7 @@ class GatedDeltaNet(nn.Module):
         if cached is not None and slots is not None:
             cached.recurrent.index_copy_(0, slots[packing.order], last)
         o = take_rows(o.transpose(1, 2).reshape(num_rows, self.num_heads, self.value_dim), packing.chunk_rows)
-        gate = F.silu(self.in_proj_z(x).float())
-        o = rms_norm(o, self.norm.weight, self.eps).flatten(1) * gate
+        o = rms_norm(o, self.norm.weight, self.eps).flatten(1) * F.silu(gate)
         return self.out_proj(o.to(x.dtype))
 
     def _convolve(self, x: Tensor, packing: Packing, cached: DeltaNetState | None, slots: Tensor | None) -> Tensor:
@@ -192,10 +222,7 @@ class GatedDeltaNet(nn.Module):
             ends = packing.conv_rows[torch.tensor(packing.lengths, device=x.device).cumsum(0) - 1]
             window = ends[:, None] - torch.arange(self.kernel - 2, -1, -1, device=x.device)
             cached.conv.index_copy_(0, slots, inputs[window])
-        weight = self.conv1d.weight.float()[:, 0]
-        rows = inputs.shape[0] - self.kernel + 1
-        shifted = [inputs[j : j + rows] * weight[:, j] for j in range(self.kernel)]
-        return F.silu(torch.stack(shifted).sum(0))
+        return _ShortConvolution.apply(inputs, self.conv1d.weight.float()[:, 0].t())  # type: ignore[return-value]
 
     def _to_chunks(self, y: Tensor, packing: Packing) -> Tensor:
         """(rows of the convolution, heads, dim) -> (M, heads, C, dim)."""

@@ -8,7 +8,7 @@ Weights and arithmetic are those of transformers' qwen3_5 and qwen3_5_moe.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,31 @@ if TYPE_CHECKING:
 
 MAX_DENSE_EXPERTS = 32
 """Up to this many experts a decode step computes all of them in one product, which beats many small ones."""
+
+
+class _GatedUnits(torch.autograd.Function):
+    """silu(gate) * up of rows [gate, up]; the gradient is written in place of both halves, nothing is joined."""
+
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        ctx.save_for_backward(both)
+        gate, up = both.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (both,) = ctx.saved_tensors
+        gate, up = both.chunk(2, -1)
+        d_both = torch.empty_like(both)
+        d_gate, d_up = d_both.chunk(2, -1)
+        torch.mul(grads[0], F.silu(gate), out=d_up)
+        torch.ops.aten.silu_backward.grad_input(grads[0] * up, gate, grad_input=d_gate)
+        return d_both
+
+
+def gated_units(both: Tensor) -> Tensor:
+    """(T, 2I) rows [gate, up] -> silu(gate) * up (T, I)."""
+    return _GatedUnits.apply(both)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +68,8 @@ class Mlp(nn.Module):
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        merged = torch.cat([self.gate_proj.weight, self.up_proj.weight])
+        return self.down_proj(gated_units(F.linear(x, merged)))
 
     @torch.no_grad()
     def decode_weights(self, gain: Tensor) -> MlpDecodeWeights:
@@ -123,8 +149,8 @@ class SparseMoe(nn.Module):
         copies = x.unsqueeze(1).expand(-1, self.top_k, -1).reshape(-1, x.shape[-1])
         outputs = []
         for expert, rows in enumerate(take_rows(copies, order).split(counts)):
-            gate, up = F.linear(rows, self.experts.gate_up_proj[expert]).chunk(2, -1)
-            outputs.append(F.linear(F.silu(gate) * up, self.experts.down_proj[expert]))
+            hidden = gated_units(F.linear(rows, self.experts.gate_up_proj[expert]))
+            outputs.append(F.linear(hidden, self.experts.down_proj[expert]))
         back = torch.empty_like(order).index_copy_(0, order, torch.arange(order.shape[0], device=order.device))
         y = take_rows(torch.cat(outputs), back).unflatten(0, (-1, self.top_k))
         return (y * weights.unsqueeze(-1)).sum(1)
