@@ -22,6 +22,7 @@ an author does wrong raises, and the pool turns that into a recorded failure.
 """
 
 import asyncio
+import functools
 import hashlib
 import inspect
 import json
@@ -163,6 +164,7 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
         super().reset(seed=seed)
+        self._ended = True  # until the new problem stands
         self.seed = int(self.np_random.integers(2**31)) if seed is None else int(seed)
         self.level = int((options or {}).get("level", 0))
         if not 0 <= self.level < self.levels:
@@ -197,7 +199,7 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
         """The step without its reward: (new messages, terminated, truncated)."""
         if self._ended:
             raise RuntimeError(f"{type(self).__name__}: no episode is running, call reset() first")
-        if not self.action_space.contains(message):
+        if not (isinstance(message, Message) and message.role == "assistant"):
             raise TypeError(f"an action is an assistant Message, not {message!r:.{_SHOWN_CHARS}}")
         self._num_turns += 1
         if message.tool_calls:
@@ -238,12 +240,12 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
         }
         return {**self.problem.meta, **counts}
 
-    async def run_author(self, function: Callable[..., Any], *args: Any, inline: bool = False, **kwargs: Any) -> Any:
+    async def run_author(self, function: Callable[..., Any], *args: Any, inline: bool = False) -> Any:
         """Run an author's function: async ones here, synchronous ones on the environment's own thread or inline."""
         if self.inline or inline or inspect.iscoroutinefunction(function):
-            result = function(*args, **kwargs)
+            result = function(*args)
         else:
-            result = await self._own_thread().run(function, *args, **kwargs)
+            result = await self._own_thread().run(function, *args)
         return await result if inspect.isawaitable(result) else result
 
     def adopt_thread(self, thread: WorkerThread) -> None:
@@ -293,7 +295,8 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
         limit = asyncio.timeout(found.options.timeout_s or self.tool_timeout_s)
         try:
             async with limit:
-                return as_text(await self.run_author(found.function, inline=found.options.inline, **arguments)), None
+                bound = functools.partial(found.function, **arguments)
+                return as_text(await self.run_author(bound, inline=found.options.inline)), None
         except Exception as error:  # a tool may refuse by raising, as sqlite3 does: the policy reads why
             if limit.expired():
                 return "error: timed out", "timeout"

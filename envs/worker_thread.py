@@ -29,10 +29,10 @@ class WorkerThread:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         threading.Thread(target=_run_jobs, args=(self._jobs,), name="shoal-env", daemon=True).start()
 
-    async def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    async def run(self, function: Callable[..., Any], *args: Any) -> Any:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
-        self._jobs.put(functools.partial(_run_job, loop, future, function, args, kwargs))
+        self._jobs.put(functools.partial(_run_job, loop, future, function, args))
         try:
             return await future
         except asyncio.CancelledError:
@@ -53,12 +53,12 @@ def _run_jobs(jobs: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
 
 
 def _run_job(
-    loop: asyncio.AbstractEventLoop, future: "asyncio.Future[Any]", function: Callable[..., Any], args: Any, kwargs: Any
+    loop: asyncio.AbstractEventLoop, future: "asyncio.Future[Any]", function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     error: BaseException | None = None
     value = None
     try:
-        value = function(*args, **kwargs)
+        value = function(*args)
     except StopIteration as stop:  # a future refuses it
         error = RuntimeError(f"raised {stop!r}")
     except BaseException as raised:  # SystemExit included: it belongs to the caller, not to this thread

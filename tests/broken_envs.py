@@ -47,6 +47,10 @@ class Doubling(AgentEnv):
     def shout(self) -> str:
         return "x" * 5000
 
+    @tool
+    def odd(self, function: str, inline: bool, args: int) -> str:
+        return f"{function} {inline} {args}"
+
     def reward(self, answer: str) -> object:
         self.threads.add(threading.current_thread())
         return {"answer": float(answer == str(2 * self.number)), "style": -0.25}

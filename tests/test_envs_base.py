@@ -85,6 +85,13 @@ def test_every_call_is_answered_also_beyond_the_most_that_are_run() -> None:
     assert texts(replies) == [str(i) for i in range(16)] + ["error: too many calls"] * 4
 
 
+def test_parameters_may_be_called_like_those_of_our_own_functions() -> None:
+    env = Doubling()
+    env.reset(seed=0)
+    replies, *_ = env.step(call("odd", function="f", inline="true", args="3"))
+    assert texts(replies) == ["f True 3"]
+
+
 def test_long_results_are_cut_with_a_visible_mark() -> None:
     env = Doubling()
     env.reset(seed=0)
@@ -132,7 +139,7 @@ def test_a_forgotten_environment_leaves_no_thread() -> None:
     del env, environments
     gc.collect()
     for thread in threads:
-        thread.join(timeout=5)
+        thread.join(timeout=1)
     assert not [thread for thread in threads if thread.is_alive()]
 
 
@@ -187,4 +194,9 @@ def test_an_action_that_is_no_assistant_message_is_the_callers_error() -> None:
     env.reset(seed=0)
     with pytest.raises(TypeError, match="assistant Message"):
         env.step(Message.user("hi"))
+    with pytest.raises(ValueError, match="level 99"):
+        env.reset(seed=0, options={"level": 99})
+    with pytest.raises(RuntimeError, match="no episode is running"):
+        env.step("x")
+    env.reset(seed=0)
     assert env.step(say("x"))[2]

@@ -94,7 +94,7 @@ def test_a_parameter_without_a_usable_type_is_refused_by_name() -> None:
 
 
 def test_tools_of_a_class_come_in_order_of_definition() -> None:
-    assert [t.spec.name for t in tools_of_class(Doubling)] == ["add", "fail", "nap", "hang", "shout"]
+    assert [t.spec.name for t in tools_of_class(Doubling)] == ["add", "fail", "nap", "hang", "shout", "odd"]
 
 
 def test_results_are_text_as_it_is_and_compact_json_else() -> None:
