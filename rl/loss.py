@@ -22,7 +22,7 @@ class LossInputs:
     logprobs: Tensor
     """(N,) log pi_theta, with gradient."""
     proximal_logprobs: Tensor
-    """(N,) log pi_prox."""
+    """(N,) log pi_prox, without gradient, so that the importance weight is a constant."""
     rollout_logprobs: Tensor
     """(N,) log mu, as recorded when the token was sampled."""
     entropy: Tensor
@@ -105,7 +105,7 @@ def _pessimistic(ratio: Tensor, advantages: Tensor, config: LossConfig) -> tuple
 def _truncated(log_weight: Tensor, cap: float) -> Tensor:
     if cap == 0:
         return torch.ones_like(log_weight)
-    return log_weight.detach().exp().clamp(max=cap)
+    return log_weight.exp().clamp(max=cap)
 
 
 def _k3(log_ratio: Tensor) -> Tensor:

@@ -340,6 +340,23 @@ def test_too_many_skipped_updates_in_a_row_stop_the_run() -> None:
         learner.step(on_policy_groups(model, MIXED, version=2))
 
 
+def test_a_good_update_between_skipped_ones_starts_the_count_again() -> None:
+    config = LearnerConfig(
+        optimizer=replace(FAST, max_skipped_steps=1),
+        loss=LossConfig(advantage="dr_grpo", name="tests.test_rl_learner:nan_if_told"),
+    )
+    model = tiny_model()
+    learner = make_learner(model, config)
+    for version, reward in enumerate([9.0, 1.0, 9.0, 1.0, 9.0]):
+        report = learner.step(on_policy_groups(model, [[reward, 0.0]], version=version))
+    assert report.metrics["loss/nan_count"] == 3 and learner.policy_version == 5
+
+
+def nan_if_told(inputs: LossInputs, config: LossConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    loss, metrics = own_loss(inputs, config)
+    return (loss * math.nan if float(inputs.advantages.max()) > 2 else loss), metrics
+
+
 def test_failed_trajectories_are_never_trained_and_are_counted() -> None:
     model = tiny_model()
     [group] = on_policy_groups(model, [[1.0, 0.0, None]])
