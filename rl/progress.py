@@ -18,6 +18,12 @@ def sparkline(values: Sequence[float], low: float = 0.0, high: float = 1.0) -> s
     return "".join(BARS[round(min(max((v - low) / span, 0.0), 1.0) * (len(BARS) - 1))] for v in values)
 
 
+def plain_console() -> Console:
+    """Standard output as it is given: no markup, no guessed colours, and no wrapping where nobody sees a width."""
+    console = Console(markup=False, highlight=False, emoji=False)
+    return console if console.is_terminal else Console(markup=False, highlight=False, emoji=False, width=240)
+
+
 def duration(seconds: float) -> str:
     """Example: duration(75) -> "1m 15s"; duration(7300) -> "2h 01m" """
     minutes, rest = divmod(round(seconds), 60)
@@ -45,7 +51,7 @@ class ProgressLine:
         self._total_steps = total_steps
         self._max_staleness = max_staleness
         self._log_every = log_every
-        self._console = console or Console(highlight=False)
+        self._console = console or plain_console()
         self._clock = clock
         self._rewards: deque[float] = deque(maxlen=16)
         self._first: tuple[int, float] | None = None

@@ -20,7 +20,7 @@ from conf.schema import TrainConfig
 from envs.message import Message
 from rl import run_folder
 from rl.json_lines import read_json_lines
-from rl.progress import duration, sparkline
+from rl.progress import duration, plain_console, sparkline
 from rl.run_folder import RunFolder, RunFolderError
 from rl.transcript import message_text
 from rl.usage import UsageError
@@ -92,7 +92,7 @@ def list_runs(root: str, *, as_json: bool = False) -> int:
             continue
         started = f"{duration(max(0.0, time.time() - run.state.started_s))} ago"
         table.add_row(run.name, str(run.state.status), str(run.state.step), success, started)
-    _console().print(table)
+    plain_console().print(table)
     return 0
 
 
@@ -103,7 +103,7 @@ def show_run(run: str, *, root: str = "runs", as_json: bool = False) -> int:
     if as_json:
         print(json.dumps(facts))
         return 0
-    console = _console()
+    console = plain_console()
     started = datetime.fromtimestamp(facts["started_s"]).strftime("%Y-%m-%d %H:%M")
     console.print(
         Text(f"{facts['run']}  {facts['status']}, step {facts['step']} of {facts['steps']}, started {started}")
@@ -136,7 +136,7 @@ def show_trajectory(run: str, key: str, *, root: str = "runs", as_json: bool = F
     if as_json:
         print(json.dumps(_trajectory_facts(stored)))
         return 0
-    _print_trajectory(_console(), stored)
+    _print_trajectory(plain_console(), stored)
     return 0
 
 
@@ -231,10 +231,6 @@ def _messages(trajectory: Trajectory) -> list[Message]:
 
 
 # --- for people -----------------------------------------------------------------------------------------------------
-
-
-def _console() -> Console:
-    return Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 def _escape(character: str) -> str:

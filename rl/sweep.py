@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from conf.schema import TrainConfig
 from rl.child_process import INTERRUPTED, run_python
+from rl.progress import plain_console
 
 
 def run_sweep(
@@ -51,7 +51,7 @@ def _print_table(
     combinations: Sequence[Sequence[str]], codes: Sequence[int], summaries: Sequence[dict[str, Any]]
 ) -> None:
     constant = set.intersection(*(set(words) for words in combinations)) if len(combinations) > 1 else set()
-    table = Table("changed", "run", "before", "after", "95% interval", "n", "seconds", "exit")
+    table = Table("changed", "run", "before", "after", "95% interval", "n", "seconds", "exit", box=None)
     for words, code, summary in zip(combinations, codes, summaries, strict=False):
         low, high = summary.get("ci95", (None, None))
         cells = [
@@ -65,7 +65,7 @@ def _print_table(
             str(code),
         ]
         table.add_row(*cells)
-    Console(markup=False, highlight=False).print(table)
+    plain_console().print(table)
 
 
 def _number(value: float | None, form: str) -> str:
