@@ -93,6 +93,8 @@ class LocalEngine:
         """What callers wait for."""
         self._request_ids: set[str] = set()
         """Of the requests among them."""
+        self._swap_order = asyncio.Lock()
+        """Weights are swapped in the order in which `load_weights` was called."""
 
     @property
     def capabilities(self) -> EngineCapabilities:
@@ -139,9 +141,13 @@ class LocalEngine:
         self._start()
         if snapshot.version < 0:
             raise WeightSyncError(f"version {snapshot.version} is not at least 0")
-        await asyncio.to_thread(snapshot.verify, self._expected)
-        loop = asyncio.get_running_loop()
-        swapped: asyncio.Future[None] = loop.create_future()
+        async with self._swap_order:
+            await asyncio.to_thread(snapshot.verify, self._expected)
+            self._start()  # it may have been closed meanwhile
+            await self._swap(snapshot, cache_policy)
+
+    async def _swap(self, snapshot: PolicySnapshot, cache_policy: CachePolicy) -> None:
+        swapped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def swap() -> None:
             try:
@@ -212,7 +218,7 @@ class LocalEngine:
     # --- on the step thread ---
 
     def _run(self) -> None:
-        torch.set_num_threads(self._config.threads)
+        torch.set_num_threads(self._config.threads)  # of this thread, and of threads that start later
         try:
             with torch.inference_mode():
                 while self._run_commands():

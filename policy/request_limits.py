@@ -1,7 +1,6 @@
 """What no engine can serve, refused by name before it disturbs anything."""
 
 import math
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -36,6 +35,8 @@ def check_request(request: GenerationRequest, *, vocab_size: int, max_model_toke
         raise UnsupportedRequest(f"deadline_s {request.deadline_s} is not finite")
 
 
-def _first_outside(ids: Iterable[int], vocab_size: int) -> int | None:
+def _first_outside(ids: np.ndarray | tuple[int, ...], vocab_size: int) -> int | None:
     """The first id that is not in the vocabulary."""
-    return next((int(i) for i in ids if not 0 <= i < vocab_size), None)
+    array = np.asarray(ids)
+    outside = array[(array < 0) | (array >= vocab_size)]
+    return int(outside[0]) if len(outside) else None

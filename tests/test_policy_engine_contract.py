@@ -322,6 +322,24 @@ async def test_closing_ends_what_runs_and_refuses_what_comes(case: EngineCase) -
         await engine.close()
 
 
+@every_engine
+@in_loop
+async def test_closing_ends_weights_that_are_on_their_way(case: EngineCase) -> None:
+    async with serving(case) as engine:
+        loading = [asyncio.create_task(engine.load_weights(case.snapshot(version))) for version in (2, 3)]
+        await engine.close()
+        outcomes = await asyncio.wait_for(asyncio.gather(*loading, return_exceptions=True), 10)
+        assert {type(outcome) for outcome in outcomes} <= {EngineClosed, type(None)}
+
+
+@every_engine
+@in_loop
+async def test_weights_are_swapped_in_the_order_of_the_calls(case: EngineCase) -> None:
+    async with serving(case) as engine:
+        await asyncio.gather(*(engine.load_weights(case.snapshot(version)) for version in range(2, 9)))
+        assert engine.policy_version == 8
+
+
 # --- load and bad requests ---
 
 
