@@ -4,7 +4,8 @@ Control tokens mark turns, calls and results. If text could spell one, a tool re
 turn it stands in (prompt injection), so text always becomes ordinary tokens and only a renderer places control tokens.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -87,7 +88,8 @@ class HfTokenizer:
             token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()
         }
         self._control = frozenset(self.control_ids.values())
-        self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
+        # not the number of tokens: ids may have gaps
+        self.vocab_size: int = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
 
     @staticmethod
     def load(folder: str | Path) -> "HfTokenizer":
@@ -121,12 +123,11 @@ class HfTokenizer:
 
     def end_ids(self, folder: str | Path) -> tuple[int, ...]:
         """Every id that ends a turn: the tokenizer's, and all of the folder's generation_config.json (often more)."""
-        from transformers import GenerationConfig
-
         found: list[int | None] = [self.hf.eos_token_id]  # type: ignore[list-item]
-        if (Path(folder) / "generation_config.json").is_file():
-            eos = GenerationConfig.from_pretrained(str(folder)).eos_token_id
-            found += eos if isinstance(eos, Sequence) else [eos]
+        generation = Path(folder) / "generation_config.json"
+        if generation.is_file():
+            eos = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
+            found += eos if isinstance(eos, list) else [eos]
         ends = tuple(dict.fromkeys(i for i in found if i is not None))
         if not ends:
             raise ValueError(f"{str(folder)!r} names no end-of-turn token (eos_token)")

@@ -106,7 +106,11 @@ async def run_episode(
 
 
 class _DeadlinePassed(Exception):
-    """The episode's deadline passed while it waited."""
+    """The episode's deadline passed: what stands is to be scored."""
+
+
+class _Overdue(TimeoutError):
+    """Somebody did not answer in time."""
 
 
 class _EnvFailed(Exception):
@@ -183,10 +187,7 @@ class _Episode:
 
     async def _reset(self) -> ResetOutcome:
         self.failpoint("reset")
-        try:
-            reset = await self._from_host(self.host.open(self.key, self.task))
-        except _DeadlinePassed:
-            raise TimeoutError(f"no environment within {self.settings.deadline_s:g} s") from None
+        reset = await self._from_host("reset", self.host.open(self.key, self.task), self._left_s())
         if reset.failure is not None:
             raise _EnvFailed(reset.failure)
         self.prompt, self.problem_digest, self.meta = reset.messages, reset.problem_digest, dict(reset.meta)
@@ -214,7 +215,7 @@ class _Episode:
                 deadline_s=left_s,
             )
             asked = self.clock()
-            completion = await asyncio.wait_for(self.engine.generate(request), left_s + ENGINE_GRACE_S)
+            completion = await _within(left_s + ENGINE_GRACE_S, "engine", self.engine.generate(request))
             sample_s = self.clock() - asked
         self.record.append_sampled(completion)
         parsed = self.renderer.parse(completion.token_ids.tolist(), reset.tools)
@@ -235,7 +236,10 @@ class _Episode:
         self.where = "step"
         self.failpoint("tool")
         before = self.env_seconds
-        step = await self._from_host(self.host.step(self.key, self.turns[-1].message))
+        try:
+            step = await self._from_host("step", self.host.step(self.key, self.turns[-1].message), self._left_s())
+        except _Overdue:
+            raise _DeadlinePassed from None
         self._take(step)
         self.turns[-1] = replace(self.turns[-1], reply=step.messages, env_s=self.env_seconds - before)
         return step
@@ -243,23 +247,14 @@ class _Episode:
     async def _finish(self, stop: StopReason) -> None:
         """A limit was reached: have the episode scored as it stands."""
         self.where = "reward"
-        asked = self.clock()
-        step = await asyncio.wait_for(self.host.finish(self.key), self.settings.score_timeout_s)
-        self.env_seconds += self.clock() - asked
+        step = await self._from_host("score", self.host.finish(self.key), self.settings.score_timeout_s)
         self._take(step)
         self._score(step, stop)
 
-    async def _from_host(self, call: Coroutine[Any, Any, T]) -> T:
-        """Await the host until the episode's deadline. Raises `_DeadlinePassed` at it."""
+    async def _from_host(self, what: str, call: Coroutine[Any, Any, T], seconds: float) -> T:
         asked = self.clock()
-        guard = asyncio.timeout(max(self._left_s(), 0.0))
         try:
-            async with guard:
-                return await call
-        except TimeoutError:
-            if guard.expired():
-                raise _DeadlinePassed from None
-            raise
+            return await _within(seconds, what, call)
         finally:
             self.env_seconds += self.clock() - asked
 
@@ -302,7 +297,7 @@ class _Episode:
         """Free the environment and the engine's session. A failure here cannot change what was recorded."""
         for name, call in (("environment", self.host.close), ("session", self.engine.close_session)):
             try:
-                await asyncio.wait_for(call(self.key), CLOSE_TIMEOUT_S)
+                await _within(CLOSE_TIMEOUT_S, name, call(self.key))
             except Exception:
                 log.warning("could not close the %s of episode %s", name, self.key, exc_info=True)
 
@@ -332,3 +327,21 @@ class _Episode:
             seconds=self.clock() - self.started,
             env_seconds=self.env_seconds,
         )
+
+
+async def _within(seconds: float, what: str, call: Coroutine[Any, Any, T]) -> T:
+    """Await `call` for at most `seconds`. Raises `_Overdue` then, whatever `call` raises, and CancelledError only
+    where this task itself is cancelled."""
+    guard = asyncio.timeout(max(seconds, 0.0))
+    try:
+        async with guard:
+            return await call
+    except TimeoutError:
+        if guard.expired():
+            raise _Overdue(f"{what}: no answer within {seconds:g} s") from None
+        raise
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise RuntimeError(f"{what}: was cancelled from inside") from None  # a future that died with its engine

@@ -43,6 +43,7 @@ Reminder:
 the user about function calls
 </IMPORTANT>"""
 
+RESULT_MARKS = ("<tool_response>", "</tool_response>")
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 
 
@@ -131,11 +132,11 @@ def tool_json(tool: ToolSpec) -> dict[str, object]:
 
 
 def banned_ids(tokenizer: HfTokenizer, stop_token_ids: Sequence[int]) -> tuple[int, ...]:
-    """Special tokens and marks in angle brackets, but those that end a turn, a thought or a call."""
+    """Special tokens, "<|...|>" and result marks, but not those that end a turn or mark a thought or a call."""
     return tuple(
         i
         for text, i in tokenizer.control_ids.items()
-        if (tokenizer.added_tokens[text].special or text.startswith("<"))
+        if (tokenizer.added_tokens[text].special or text.startswith("<|") or text in RESULT_MARKS)
         and text not in MARKS
         and i not in stop_token_ids
     )

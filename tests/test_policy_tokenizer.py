@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -15,6 +15,7 @@ HF = HfTokenizer(chatml_tokenizer())
 BYTES = ByteTokenizer()
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_bytes_round_trip(text: str) -> None:
     ids = BYTES.encode(text)
@@ -41,6 +42,7 @@ def test_a_transformers_tokenizer_by_default_makes_control_tokens_of_text() -> N
     assert HF.special_id("<|im_end|>") not in ids and HF.special_id("<tool_call>") in ids
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([*SPECIAL, *ADDED, "a", "<", " ", "é", "\n"]), max_size=6).map("".join))
 def test_text_becomes_text_in_a_transformers_tokenizer(text: str) -> None:
     ids = HF.encode(text)
@@ -48,6 +50,7 @@ def test_text_becomes_text_in_a_transformers_tokenizer(text: str) -> None:
     assert HF.decode(ids) == text
 
 
+@settings(deadline=None)
 @given(st.text("abc <>\n", max_size=20))
 def test_ordinary_text_gets_the_ids_it_always_gets(text: str) -> None:
     assert HF.encode(text) == HF.hf(text, add_special_tokens=False)["input_ids"]

@@ -144,7 +144,7 @@ def test_with_a_hostile_tokenizer_the_row_is_exactly_what_the_engine_saw_and_sai
 
 def test_the_hostile_tokenizer_is_hostile() -> None:
     row = play(ScriptedHost(turns=2, prompt=(Message.user("a"),)), Engine([1, 60], [26, 60]), renderer=HOSTILE)
-    assert HostileRenderer().encode(HostileRenderer().decode(row.token_ids)) != row.token_ids.tolist()
+    assert HostileRenderer().encode(HostileRenderer().decode(row.token_ids.tolist())) != row.token_ids.tolist()
 
 
 def test_a_turn_that_reaches_its_token_limit_ends_the_episode_and_is_scored_as_it_stands() -> None:
@@ -207,7 +207,7 @@ def test_an_environment_that_hangs_is_cut_at_the_deadline() -> None:
     assert (row.stop_reason, row.reward) == (StopReason.DEADLINE, 1.0)
     row = play(ScriptedHost(before=forever), Engine(), settings=replace(SETTINGS, deadline_s=0.05))
     assert row.stop_reason == StopReason.INFRA_ERROR and row.error is not None and row.error.where == "reset"
-    assert "no environment within 0.05 s" in row.error.message
+    assert "reset: no answer within 0.0" in row.error.message
 
 
 @pytest.mark.parametrize(
@@ -226,6 +226,10 @@ def broken(**changes: Any) -> Engine:
 
 def failing_engine(completion: Completion) -> Completion:
     raise EngineError("the engine died")
+
+
+def cancelled_engine(completion: Completion) -> Completion:
+    raise asyncio.CancelledError
 
 
 AUTHOR = EnvFailure(kind="env", where="step", message="boom", traceback="author's traceback")
@@ -259,6 +263,12 @@ FAILURES = {
     "no reward": (ScriptedHost(reward=None), Engine([97, END]), "env_error", "reward"),
     "a reward that is NaN": (ScriptedHost(reward=float("nan")), Engine([97, END]), "env_error", "reward"),
     "the engine fails": (ScriptedHost(), Engine([97, END], fault=failing_engine), "infra_error", "sample"),
+    "the engine's future is cancelled": (
+        ScriptedHost(),
+        Engine([97, END], fault=cancelled_engine),
+        "infra_error",
+        "sample",
+    ),
     "a logprob is NaN": (
         ScriptedHost(),
         broken(logprobs=np.array([-1, np.nan], np.float32)),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.schema import PolicyConfig
@@ -40,6 +40,7 @@ def controls(dialect: str, ids: Sequence[int]) -> list[int]:
 
 
 @ALL
+@settings(deadline=None)
 @given(text=HOSTILE_TEXT)
 def test_control_text_from_outside_never_becomes_a_control_token(dialect: str, text: str) -> None:
     renderer = RENDERERS[dialect]
@@ -82,6 +83,7 @@ CALLS = st.lists(
 
 
 @ALL
+@settings(deadline=None)
 @given(text=TEXT, calls=CALLS)
 def test_what_a_completion_says_is_parsed_back(dialect: str, text: str, calls: list[ToolCall]) -> None:
     renderer = RENDERERS[dialect]
@@ -105,6 +107,7 @@ def test_what_a_completion_says_is_parsed_back(dialect: str, text: str, calls: l
 
 
 @ALL
+@settings(deadline=None)
 @given(data=st.data())
 def test_no_token_sequence_makes_parse_raise(dialect: str, data: st.DataObject) -> None:
     renderer = RENDERERS[dialect]

@@ -1,6 +1,8 @@
 """The text dialects (Qwen3.5's and chat templates) string by string, and how calls are read from text."""
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from envs.message import Message, ToolCall
 from policy.tokenizer import HfTokenizer
@@ -90,9 +92,6 @@ def test_marks_that_are_spelled_out_are_text_where_the_tokenizer_has_them_as_tok
 
 
 def test_marks_are_read_from_text_where_the_tokenizer_does_not_have_them() -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     alphabet = {letter: n for n, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -154,8 +153,6 @@ def test_templates_that_cannot_work_are_refused_at_the_start(template: str, matc
 
 
 def test_tokens_that_swallow_white_space_do_so_here_too() -> None:
-    from tokenizers import AddedToken
-
     hf = chatml_tokenizer()
     hf.add_tokens([AddedToken("<|end|>", rstrip=True, lstrip=True, special=True)], special_tokens=True)
     text = "a \n<|end|>\n b<|im_end|> c"
