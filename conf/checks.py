@@ -248,8 +248,8 @@ def _combination_problems(config: TrainConfig) -> Iterator[str]:
     if policy.kind == "hybrid" and policy.dialect == "chat_template":
         yield "policy.dialect=chat_template needs policy.kind=hf: the hybrid model brings no chat template"
     yield from _without_effect(config)
-    if config.run.debug_failpoint:
-        phase, _, count = config.run.debug_failpoint.partition(":")
+    for failpoint in filter(None, config.run.debug_failpoint.split(",")):
+        phase, _, count = failpoint.partition(":")
         if phase not in FAILPOINT_PHASES or not count.isdecimal() or int(count) < 1:
             yield (
                 f"run.debug_failpoint={config.run.debug_failpoint!r} must be <phase>:<count>, "

@@ -225,7 +225,7 @@ class RunConfig:
     keep_checkpoints: int = 3
     debug_failpoint: str = ""
     """Tests only: "<phase>:<count>" makes a worker kill itself with SIGKILL at the count-th time it enters the phase
-    (reset | sample | tool | commit | swap). "" = off."""
+    (reset | sample | tool | commit | swap); after a comma, the same for its next life. "" = off."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

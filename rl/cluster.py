@@ -118,7 +118,7 @@ def build_pool(config: TrainConfig) -> Any:
     )
 
 
-def start_ray(config: TrainConfig) -> None:
+def start_ray(config: TrainConfig, namespace: str) -> None:
     """Start a private Ray (or join the one named), dashboard off, token auth on, nothing sent anywhere.
 
     `address="local"` because a bare init would join any cluster that happens to run on this machine. The token lives in
@@ -137,6 +137,7 @@ def start_ray(config: TrainConfig) -> None:
         options = {"num_cpus": cores, "object_store_memory": OBJECT_STORE_BYTES}
     ray.init(
         address=config.cluster.address,
+        namespace=namespace,  # names of actors are the run's own
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
@@ -150,11 +151,12 @@ class RayCluster:
     learner: LearnerClient
     workers: Sequence[WorkerClient]
     host: EnvHost
+    _pools: list[Any]
 
     @staticmethod
     async def start(config: TrainConfig, folder: Path) -> "RayCluster":
         """Start every actor and wait until each answers. Raises `ClusterError` naming the part that did not."""
-        await asyncio.to_thread(start_ray, config)
+        await asyncio.to_thread(start_ray, config, folder.name)
         import ray
 
         from envs.actors import EnvPoolActor
@@ -168,21 +170,20 @@ class RayCluster:
         common: dict[str, Any] = {"max_task_retries": 0, "runtime_env": runtime_env}
         remote: Any = ray.remote  # its overloads know functions better than classes
         learner = remote(LearnerActor).options(num_cpus=1, max_restarts=0, **common).remote(config, logs)
-        pools = [
+        names = [f"pool-{i}" for i in range(config.rollout.env_pools)]
+        self._pools = [  # kept: a named actor ends with its last handle
             remote(EnvPoolActor)
-            .options(num_cpus=0.5, max_restarts=-1, max_concurrency=1000, **common)
-            .remote(
-                config.env.reset_timeout_s, config.env.step_timeout_s, config.env.reward_timeout_s, logs, f"pool-{i}"
-            )
-            for i in range(config.rollout.env_pools)
+            .options(name=name, num_cpus=0.5, max_restarts=-1, max_concurrency=1000, **common)
+            .remote(config.env.reset_timeout_s, config.env.step_timeout_s, config.env.reward_timeout_s, logs, name)
+            for name in names
         ]
         actors = [
             remote(concurrency_groups={"control": 4})(RolloutWorkerActor)
             .options(num_cpus=1, max_restarts=-1, max_concurrency=10_000, **common)
-            .remote(config, f"worker-{i}", logs, *pools)
+            .remote(config, f"worker-{i}", names, logs)
             for i in range(config.rollout.workers)
         ]
-        self.host = connect(pools, config.env)
+        self.host = connect(names, config.env)
         self.learner = RayLearner(learner, deadline_s=config.learner.step_timeout_s)
         self.workers = [
             RayWorkerClient(f"worker-{i}", actor, episode_deadline_s=config.rollout.episode_deadline_s)

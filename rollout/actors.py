@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -44,10 +45,18 @@ async def answer(call: Awaitable[T], *, who: str, deadline_s: float) -> T:
         raise (error.cause if isinstance(error.cause, Exception) else error) from error
 
 
-def connect(pools: Sequence[Any], env: EnvConfig) -> PoolClient:
-    """A client of its own for this process, over all pools."""
+def count_life(path: Path) -> int:
+    """How many processes of this actor there were before: one line each in a file, which outlives them."""
+    with path.open("a+") as file:
+        file.write(f"{os.getpid()}\n")
+        file.seek(0)
+        return len(file.readlines()) - 1
+
+
+def connect(pools: Sequence[str], env: EnvConfig) -> PoolClient:
+    """A client of its own for this process, over all pools, by name: a handle would tie restarts to its owner."""
     return PoolClient(
-        *pools,
+        *(ray.get_actor(name) for name in pools),
         reset_timeout_s=env.reset_timeout_s,
         step_timeout_s=env.step_timeout_s,
         reward_timeout_s=env.reward_timeout_s,
@@ -57,16 +66,14 @@ def connect(pools: Sequence[Any], env: EnvConfig) -> PoolClient:
 class RolloutWorkerActor:
     """A `RolloutWorker` in a process of its own. Made by `rl.cluster`."""
 
-    def __init__(self, config: TrainConfig, name: str, log_folder: str, *pools: Any) -> None:
+    def __init__(self, config: TrainConfig, name: str, pools: Sequence[str], log_folder: str) -> None:
         import torch
 
         from rollout.worker import build_worker
 
         log_to_file(log_folder, name)
         torch.set_num_threads(config.engine.threads)
-        # a failpoint is for the first life only: the restarted worker must get past it
-        first_life = not ray.get_runtime_context().was_current_actor_reconstructed
-        failpoint = Failpoint(config.run.debug_failpoint if first_life else "")
+        failpoint = Failpoint(config.run.debug_failpoint, life=count_life(Path(log_folder) / f"{name}.lives"))
         self._worker = build_worker(config, name, connect(pools, config.env), failpoint)
 
     async def run_lease(self, lease: Lease) -> TrajectoryGroup:

@@ -10,9 +10,11 @@ class Failpoint:
     """Kills its own process with SIGKILL at the n-th time a phase is entered.
 
     Example: Failpoint("sample:3").hit("sample") kills on the third call. Failpoint("") never does.
+    Failpoint("sample:3,tool:1", life=1) is for a worker that was restarted once: it waits for the first tool call.
     """
 
-    def __init__(self, spec: str = "") -> None:
+    def __init__(self, plan: str = "", *, life: int = 0) -> None:
+        spec = dict(enumerate(plan.split(","))).get(life, "")
         self.phase, _, count = spec.partition(":")
         if spec and (self.phase not in PHASES or not count.isdigit() or int(count) < 1):
             raise ValueError(f"bad failpoint {spec!r}: expected '<phase>:<count >= 1>', phase one of {PHASES}")

@@ -1,7 +1,7 @@
 """Calculator-v0: "47*385=?" must be answered through tools, of which one fits each operator.
 
 Levels: 0-2 one operation, 3-5 two, 6-9 three, evaluated from left to right as bracketed; digits grow inside each band.
-Level 0 has about 2.5 million problems.
+Level 0 has about 24,000 problems.
 """
 
 import random
@@ -45,7 +45,7 @@ def apply(symbol: str, a: int, b: int) -> int:
 def draw_expression(rng: random.Random, level: int) -> Expression:
     """Draw one whose value is positive and does not stand in its own text."""
     num_steps = 1 if level < 3 else 2 if level < 6 else 3
-    largest = (999, 9_999, 99_999)[level] if level < 3 else (999, 9_999, 99_999, 99_999)[(level - 3) % 3]
+    largest = 10 ** (2 + level if level < 3 else 2 + level % 3) - 1
     while True:
         value = first = rng.randint(10, largest)
         steps = []

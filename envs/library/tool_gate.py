@@ -2,7 +2,7 @@
 
 A call that was not needed costs nothing here: the oracle scores 1 on every task, and what a call costs is a rule of the
 learner on correct trajectories. `needs_tool` in the metrics tells the two kinds apart. Levels are those of the
-calculator; joined numbers grow with them. Level 0 has about 1 million join problems and 2.5 million sums.
+calculator; joined numbers grow with them. Level 0 has 8,100 join problems and about 24,000 sums.
 """
 
 import random
@@ -22,7 +22,7 @@ class ToolGate(Calculator):
             problem = super().task(rng, level)
             self.gold = str(self.expression.value)
             return problem
-        largest = 10 ** (3 + level // 3) - 1
+        largest = 10 ** (2 + level // 3) - 1
         self.left, self.right = rng.randint(10, largest), rng.randint(10, largest)
         self.gold = f"{self.left}{self.right}"
         return Problem(prompt=f"join {self.left} {self.right}", meta={"needs_tool": False})
