@@ -291,7 +291,6 @@ class _Episode:
                 traceback="".join(traceback.format_exception(error)),
             )
             self.stop = StopReason.ENV_ERROR if self.where == "render" else StopReason.INFRA_ERROR
-        self.reward, self.reward_parts = None, {}
 
     async def close(self) -> None:
         """Free the environment and the engine's session. A failure here cannot change what was recorded."""
