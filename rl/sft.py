@@ -64,6 +64,8 @@ class WarmStartCard:
     env: str
     policy: str
     seed: int
+    threads: int
+    """Of torch: another number rounds otherwise."""
     steps: int
     demonstrations: int
     demonstrations_right: float
@@ -233,6 +235,7 @@ def main(config: TrainConfig) -> int:
         env=config.env.name,
         policy=config.policy.preset if config.policy.kind == "hybrid" else config.policy.path,
         seed=config.seed,
+        threads=config.learner.threads,
         steps=config.sft.steps,
         demonstrations=len(tasks),
         demonstrations_right=round(right, 4),

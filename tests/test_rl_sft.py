@@ -110,6 +110,7 @@ def test_the_card_describes_the_file_which_loads_into_an_equal_model(tmp_path: P
         env="e",
         policy="p",
         seed=1,
+        threads=1,
         steps=2,
         demonstrations=3,
         demonstrations_right=0.5,
