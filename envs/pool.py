@@ -77,10 +77,16 @@ class EnvPool:
         await self.close(key)
         episode = self._episodes[key] = _Episode()
         try:
-            return await self._open(episode, task)
+            outcome = await self._open(episode, task)
         except _Failed as failed:
-            await self.close(key)
-            return ResetOutcome(failure=failed.failure)
+            outcome = ResetOutcome(failure=failed.failure)
+        if self._episodes.get(key) is not episode:  # closed meanwhile, maybe opened again for another caller
+            outcome = ResetOutcome(failure=outcome.failure or _no_episode(key, "reset"))
+        elif outcome.failure is not None:
+            del self._episodes[key]
+        if outcome.failure is not None and episode.env is not None:
+            await self._close_env(episode.env)
+        return outcome
 
     async def step(self, key: str, message: Message) -> StepOutcome:
         started = time.monotonic()

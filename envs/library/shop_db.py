@@ -33,7 +33,7 @@ class ShopDB(AgentEnv):
     database: ReadOnlySql | None = None
 
     def task(self, rng: random.Random, level: int) -> Problem:
-        self.close()
+        self._drop_database()
         num_customers, num_rows = 4 + level, 20 * (level + 1)
         names: list[str] = []
         while len(names) < num_customers:
@@ -78,10 +78,13 @@ class ShopDB(AgentEnv):
         return repr((self.people, self.orders))
 
     def close(self) -> None:
+        self._drop_database()
+        super().close()
+
+    def _drop_database(self) -> None:
         if self.database is not None:
             self.database.close()
             self.database = None
-        super().close()
 
     def oracle(self) -> Oracle:
         return self.ask(self.query(AGGREGATE_OF_WORD[self.word]))
