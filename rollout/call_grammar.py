@@ -63,12 +63,12 @@ def _pieces(tokenizer: Tokenizer, token_ids: Sequence[int], stops: Sequence[int]
     """Decoded text and marks, up to the first stop token. Other control tokens are dropped."""
     marks = {tokenizer.control_ids[name]: Mark(name) for name in MARKS if name in tokenizer.control_ids}
     control = frozenset(tokenizer.control_ids.values())
-    spelled = [re.escape(name) for name in MARKS if name not in tokenizer.control_ids]
+    spelled = [name for name in MARKS if name not in tokenizer.control_ids]
+    seam = re.compile(f"({'|'.join(map(re.escape, spelled))})" if spelled else "(?!)")
 
     def text_pieces(run: list[int]) -> Iterator[str | Mark]:
-        text = tokenizer.decode(run)
-        for piece in re.split(f"({'|'.join(spelled)})", text) if spelled else [text]:
-            yield Mark(piece) if piece in MARKS and spelled else piece
+        for piece in seam.split(tokenizer.decode(run)):
+            yield Mark(piece) if piece in spelled else piece
 
     run: list[int] = []
     for i in map(int, token_ids):

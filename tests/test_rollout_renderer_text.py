@@ -91,17 +91,27 @@ def test_marks_that_are_spelled_out_are_text_where_the_tokenizer_has_them_as_tok
     assert TEMPLATE.parse([*tokens, END], [ADD]).status == "ok"
 
 
-def test_marks_are_read_from_text_where_the_tokenizer_does_not_have_them() -> None:
+def byte_level(*marks: str) -> HfTokenizer:
+    """A tokenizer without merges that has the role marks and `marks` as tokens, and no others."""
     alphabet = {letter: n for n, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    plain_tokenizer = HfTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>"))
-    renderer = QwenRenderer(plain_tokenizer)
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>", *marks])
+    return HfTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>"))
+
+
+def test_marks_are_read_from_text_where_the_tokenizer_does_not_have_them() -> None:
+    renderer = QwenRenderer(byte_level())
     ids = renderer.completion(Message.assistant("t", CALLS), [ADD])
     parsed = renderer.parse(ids, [ADD])
     assert parsed.status == "ok" and parsed.message.text == "t" and len(parsed.message.tool_calls) == 2
     assert renderer.parse(ids[:-3], [ADD]).message.tool_calls[1].error == "call was cut off before </tool_call>"
+
+
+def test_each_mark_is_read_from_text_only_where_it_has_no_token_of_its_own() -> None:
+    half = byte_level("<tool_call>", "</tool_call>")
+    parsed = QwenRenderer(half).parse(half.encode("<think>x</think><tool_call>"), [ADD])
+    assert (parsed.status, parsed.message.text) == ("none", "<tool_call>")
 
 
 def test_template_prompts_equal_apply_chat_template() -> None:
