@@ -71,9 +71,9 @@ class EngineConfig:
 
     kind: str = "local"
     """"local" (continuous batching in plain PyTorch)."""
-    max_running: int = 128
+    max_running: int = 256
     """Requests decoded together."""
-    max_sessions: int = 256
+    max_sessions: int = 640
     """Conversations whose state is kept, running ones included."""
     max_model_tokens: int = 256
     """Most tokens of a conversation, prompt and completions together."""

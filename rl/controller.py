@@ -110,6 +110,7 @@ class Controller:
         self._stop = asyncio.Event()
         self._to_push: asyncio.Queue[tuple[int, int, object]] = asyncio.Queue()
         self._sync_s = 0.0
+        self._busy_s = 0.0
         self._trained = {"n": 0.0, "length": 0.0, "reward": 0.0, "seconds": 0.0}
         self.transcripts: list[Trajectory] = []
         """First held-out episode of the evaluation before and after training."""
@@ -314,6 +315,7 @@ class Controller:
             "queue/ready_groups": stats.ready,
             "queue/in_flight": self.scheduler.num_alive,
             "queue/oldest_age_s": stats.oldest_ready_s,
+            "rollout/busy_s": self._new_busy_s(),
             "faults/restarts": self.fleet.num_restarts,
             "faults/redispatched": counters.redispatched,
             "faults/dropped_groups": counters.dropped,
@@ -322,6 +324,12 @@ class Controller:
         }
         self._monitor.step(self.progress.step, self.progress.policy_version, metrics)
         self._folder.heartbeat(step=self.progress.step)
+
+    def _new_busy_s(self) -> float:
+        """Seconds that engines spent in model steps since the last report, mean over workers, as heartbeats tell."""
+        total = sum(member.status.engine.busy_s for member in self.fleet.members if member.status)
+        new, self._busy_s = max(total - self._busy_s, 0.0), total
+        return new / len(self.fleet.members)
 
     def _selection_bias(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """Mean over all trained / mean over all dispatched: 1 unless what is trained on is a biased choice."""
