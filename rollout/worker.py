@@ -27,6 +27,10 @@ from rollout.renderer import Renderer, make_renderer
 from rollout.trajectory import Trajectory, TrajectoryGroup
 
 
+SCORE_GRACE_S = 30.0
+"""How far an answer may lag behind the pool's own reward deadline."""
+
+
 class RolloutWorker:
     """Runs leases and evaluations on one engine."""
 
@@ -39,14 +43,17 @@ class RolloutWorker:
         host: EnvHost,
         config: RolloutConfig,
         seed: int,
+        score_timeout_s: float = 120.0,
         failpoint: Failpoint | None = None,
     ) -> None:
+        """`score_timeout_s`: longest wait for the reward of an episode that a limit ended."""
         self.name = name
         self._engine = engine
         self._renderer = renderer
         self._host = host
         self._config = config
         self._seed = seed
+        self._score_timeout_s = score_timeout_s
         self._failpoint = failpoint or Failpoint()
         self._lock = RolloutLock(config.lock)
         self._version_changed = asyncio.Condition()
@@ -86,6 +93,7 @@ class RolloutWorker:
             max_turns=self._config.max_turns,
             max_model_tokens=self._engine.capabilities.max_model_tokens,
             deadline_s=self._config.episode_deadline_s,
+            score_timeout_s=self._score_timeout_s,
             seed=self._seed,
             salt=salt,
         )
@@ -182,5 +190,6 @@ def build_worker(config: TrainConfig, name: str, host: EnvHost, failpoint: Failp
         host=host,
         config=config.rollout,
         seed=config.seed,
+        score_timeout_s=config.env.reward_timeout_s + SCORE_GRACE_S,
         failpoint=failpoint,
     )
