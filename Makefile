@@ -21,7 +21,7 @@ TORCH_BUILD ?= auto
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
   "$$p" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; \
   done)
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt
 
 .PHONY: help setup setup-test demo test lint clean
 
@@ -42,7 +42,7 @@ $(VENV)/.torch: constraints.txt | $(BIN)/python
 	@echo "installing torch"
 	@$(PIP) --no-deps torch $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)")
 	@if [ "$(TORCH_BUILD)" != any ]; then $(BIN)/python scripts/torch_build.py || { \
-	  $(BIN)/python -m pip uninstall --quiet --yes torch; exit 2; }; fi
+	  $(BIN)/python -m pip uninstall -qq --yes torch; exit 2; }; fi
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.torch
