@@ -1,4 +1,4 @@
-"""Asks which build of torch is installed: `torch_build.py` prints it, and exits with 2 where it does not suit the machine.
+"""Prints which build of torch is installed, and exits with 2 where it does not suit the machine.
 
 A machine without a GPU needs the CPU build. Read from the package's metadata, so that the answer is there before the
 CUDA libraries are (several GB), and from torch itself where it can be imported.
