@@ -1,12 +1,8 @@
-"""Gated DeltaNet: linear attention whose state is rewritten by a gated delta rule.
+"""Gated DeltaNet layers: a short convolution, the gated delta rule and a gated norm (arXiv 2412.06464, section 3.4).
 
 Letters: T tokens of the packed pass, N sequences, M chunks, C chunk size, H value heads, J key heads, K key head dim,
 V value head dim, F = 2JK + HV channels of the short convolution, W its width, B slots that decode together.
 
-The recurrence, per head, with state S (K x V), decay a = exp(g) and write strength b = beta:
-    S <- a S;  S <- S + k (b (v - S^T k))^T;  o = S^T q
-Paper: "Gated Delta Networks: Improving Mamba2 with Delta Rule", arXiv 2412.06464, section 3; the chunked form is the
-WY representation of "Parallelizing Linear Transformers with the Delta Rule", arXiv 2406.06484, section 3.
 Weights and arithmetic are those of transformers' qwen3_5; here state and convolution end at every sequence boundary.
 """
 
@@ -17,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from policy.delta_rule import chunked_delta_rule
 from policy.norm import Gain, l2_norm, rms_norm
 from policy.packing import Packing, place_rows, spread_rows, take_rows
 
@@ -49,81 +46,6 @@ class _ShortConvolution(torch.autograd.Function):
             d_x[j : j + rows].addcmul_(d_mixed, weight[j])
             torch.sum(d_mixed * x[j : j + rows], 0, out=d_weight[j])
         return d_x, d_weight
-
-
-class _UnitLowerInverse(torch.autograd.Function):
-    """(I + A)^-1 of strictly lower A; with X the inverse, dA = -tril(X^T dX X^T, -1)."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor) -> Tensor:
-        eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-        inverse = torch.linalg.solve_triangular(a, eye.expand_as(a), upper=False, unitriangular=True)
-        ctx.save_for_backward(inverse)
-        return inverse
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor]:
-        (inverse,) = ctx.saved_tensors
-        transposed = inverse.mT
-        return ((transposed @ grads[0] @ transposed).tril_(-1).neg_(),)
-
-
-def _decay(log_decay: Tensor) -> Tensor:
-    """exp, with 0 for what is below 1e-17: denormal numbers would slow the products after it several times."""
-    return log_decay.masked_fill(log_decay < -40.0, -torch.inf).exp()
-
-
-def chunked_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, alive: list[int], state: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The delta rule with the work inside all chunks batched and one short loop over chunk indices.
-
-    q, k (M, H, C, K), v (M, H, C, V), g, beta (M, H, C); chunks are sorted as in `Packing`: chunk 0 of every sequence,
-    then chunk 1 of the first alive[1] sequences, and so on. `state` (N, H, K, V) is what each sequence starts from,
-    zeros if None. Returns the outputs (M, H, C, V) and the last states (N, H, K, V).
-    """
-    cum = g.cumsum(-1)
-    size = q.shape[2]
-    later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
-    # Masked before exp: above the diagonal the difference is positive and may overflow.
-    decay = _decay((cum.unsqueeze(-1) - cum.unsqueeze(-2)).masked_fill(later, -torch.inf))
-    inverse = _UnitLowerInverse.apply(((k @ k.mT) * decay * beta.unsqueeze(-1)).tril(-1))
-    from_start = _decay(cum)
-    u = inverse @ (v * beta.unsqueeze(-1))
-    w = inverse @ (k * (beta * from_start).unsqueeze(-1))
-    within = (q @ k.mT) * decay
-    q_in = q * from_start.unsqueeze(-1)
-    k_out = k * _decay(cum[..., -1:] - cum).unsqueeze(-1)
-    whole = from_start[..., -1:].unsqueeze(-1)
-
-    if state is None:
-        state = q.new_zeros(alive[0], q.shape[1], q.shape[3], v.shape[3])
-    written, read, last = [], [], []
-    steps = zip(alive, [*alive[1:], 0], *(x.split(alive) for x in (u, w, q_in, k_out, whole)), strict=True)
-    for count, next_count, u_i, w_i, q_i, k_i, whole_i in steps:
-        new = u_i - w_i @ state[:count]
-        read.append(q_i @ state)
-        written.append(new)
-        state = torch.addcmul(k_i.mT @ new, state, whole_i)
-        last.append(state[next_count:])
-        state = state[:next_count]
-    return torch.cat(read) + within @ torch.cat(written), torch.cat(last[::-1])
-
-
-def recurrent_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The recurrence of the module docstring, token by token: the definition that the fast forms must equal.
-
-    q, k (T, H, K), v (T, H, V), g, beta (T, H), state (H, K, V). Returns outputs (T, H, V) and the last state.
-    """
-    outputs = []
-    for t in range(q.shape[0]):
-        state = state * g[t].exp()[:, None, None]
-        delta = (v[t] - torch.einsum("hkv,hk->hv", state, k[t])) * beta[t][:, None]
-        state = state + torch.einsum("hk,hv->hkv", k[t], delta)
-        outputs.append(torch.einsum("hkv,hk->hv", state, q[t]))
-    return torch.stack(outputs), state
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,7 +126,7 @@ class GatedDeltaNet(nn.Module):
         )
         start = None if cached is None or slots is None else cached.recurrent[slots[packing.order]]
         o, last = chunked_delta_rule(q, k, v, g, beta, packing.alive, start)
-        if cached is not None and slots is not None:
+        if cached is not None and slots is not None and last is not None:
             cached.recurrent.index_copy_(0, slots[packing.order], last)
         o = take_rows(o.transpose(1, 2).reshape(num_rows, self.num_heads, self.value_dim), packing.chunk_rows)
         o = rms_norm(o, self.norm.weight, self.eps).flatten(1) * F.silu(gate)
