@@ -132,4 +132,4 @@ def test_an_unneeded_call_costs_nothing_in_the_environment() -> None:
 def test_level_zero_has_room_for_a_disjoint_held_out_set(env_id: str) -> None:
     env = make_env(env_id)
     digests = {env.reset(seed=seed)[1]["problem_digest"] for seed in range(1000)}
-    assert len(digests) > 990
+    assert len(digests) > 950  # of the 20,000 problems of the calculator a thousand draws repeat about 25
