@@ -246,13 +246,25 @@ def test_a_function_of_the_user_is_an_importable_path():
 # --- combinations
 
 IMPOSSIBLE = [
-    (["learner.publish_every=4"], ["learner.publish_every=4", "deadlock", "= 3 steps"]),
+    (["learner.publish_every=4", "rollout.max_staleness=2"], ["learner.publish_every=4", "deadlock", "= 3 steps"]),
     (["rollout=sync", "learner.publish_every=2"], ["learner.publish_every=2", "= 1 steps"]),
-    (["learner.updates_per_step=13"], ["learner.updates_per_step=13", "rollout.groups_per_step=12"]),
-    (["engine.max_sessions=100"], ["engine.max_sessions=100", "engine.max_running=128"]),
-    (["rollout.max_turn_tokens=256"], ["rollout.max_turn_tokens=256", "engine.max_model_tokens=256"]),
-    (["learner.micro_batch_tokens=255"], ["engine.max_model_tokens=256", "learner.micro_batch_tokens=255"]),
-    (["cluster.stall_timeout_s=120"], ["cluster.stall_timeout_s=120", "rollout.episode_deadline_s=120"]),
+    (
+        ["learner.updates_per_step=13", "rollout.groups_per_step=12"],
+        ["learner.updates_per_step=13", "rollout.groups_per_step=12"],
+    ),
+    (["engine.max_sessions=4", "engine.max_running=8"], ["engine.max_sessions=4", "engine.max_running=8"]),
+    (
+        ["rollout.max_turn_tokens=256", "engine.max_model_tokens=256"],
+        ["rollout.max_turn_tokens=256", "engine.max_model_tokens=256"],
+    ),
+    (
+        ["learner.micro_batch_tokens=255", "engine.max_model_tokens=256"],
+        ["engine.max_model_tokens=256", "learner.micro_batch_tokens=255"],
+    ),
+    (
+        ["cluster.stall_timeout_s=120", "rollout.episode_deadline_s=120"],
+        ["cluster.stall_timeout_s=120", "rollout.episode_deadline_s=120"],
+    ),
     (["policy=hf"], ["policy.kind=hf needs policy.path"]),
     (["policy=hf", "policy.path=x", "policy.dialect=tiny"], ["policy.dialect=tiny needs policy.kind=hybrid"]),
     (["policy.dialect=chat_template"], ["policy.dialect=chat_template needs policy.kind=hf"]),
@@ -294,7 +306,7 @@ def test_what_cannot_be_meant_is_refused_with_its_reason(argv, parts):
     [
         ["learner.publish_every=3"],
         ["rollout=sync", "rollout.lock=group"],
-        ["run.debug_failpoint='swap:2'"],
+        ["run.debug_failpoint='swap:2,reset:1'"],
         ["cluster=inprocess", "rollout.group_size=2", "rollout.groups_per_step=1"],
         ["evaluation.every=0"],
     ],
