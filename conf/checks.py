@@ -245,8 +245,8 @@ def _combination_problems(config: TrainConfig) -> Iterator[str]:
         yield "policy.kind=hf needs policy.path=DIR, a transformers checkpoint folder"
     if policy.kind == "hf" and policy.dialect == "tiny":
         yield "policy.dialect=tiny needs policy.kind=hybrid: a transformers checkpoint needs chat_template or qwen3_5"
-    if policy.kind == "hybrid" and policy.dialect == "chat_template":
-        yield "policy.dialect=chat_template needs policy.kind=hf: the hybrid model brings no chat template"
+    if policy.kind == "hybrid" and policy.dialect != "tiny":
+        yield f"policy.dialect={policy.dialect} needs policy.kind=hf: the hybrid model brings no tokenizer but the tiny one"
     yield from _without_effect(config)
     for failpoint in filter(None, config.run.debug_failpoint.split(",")):
         phase, _, count = failpoint.partition(":")

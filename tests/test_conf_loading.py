@@ -268,6 +268,7 @@ IMPOSSIBLE = [
     (["policy=hf"], ["policy.kind=hf needs policy.path"]),
     (["policy=hf", "policy.path=x", "policy.dialect=tiny"], ["policy.dialect=tiny needs policy.kind=hybrid"]),
     (["policy.dialect=chat_template"], ["policy.dialect=chat_template needs policy.kind=hf"]),
+    (["policy.dialect=qwen3_5"], ["policy.dialect=qwen3_5 needs policy.kind=hf"]),
     (["policy=hf", "policy.path=x", "policy.preset=tiny_moe"], ["policy.preset='tiny_moe' has no effect"]),
     (["policy=hf", "policy.path=x", "policy.overrides.a=1"], ["policy.overrides={'a': 1} has no effect"]),
     (["policy.path=x"], ["policy.path='x' has no effect"]),
