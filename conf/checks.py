@@ -246,7 +246,7 @@ def _combination_problems(config: TrainConfig) -> Iterator[str]:
     if policy.kind == "hf" and policy.dialect == "tiny":
         yield "policy.dialect=tiny needs policy.kind=hybrid: a transformers checkpoint needs chat_template or qwen3_5"
     if policy.kind == "hybrid" and policy.dialect != "tiny":
-        yield f"policy.dialect={policy.dialect} needs policy.kind=hf: the hybrid model brings no tokenizer but the tiny one"
+        yield f"policy.dialect={policy.dialect} needs policy.kind=hf: the hybrid model has only the tiny tokenizer"
     yield from _without_effect(config)
     for failpoint in filter(None, config.run.debug_failpoint.split(",")):
         phase, _, count = failpoint.partition(":")
