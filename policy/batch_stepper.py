@@ -24,7 +24,7 @@ from policy.engine import CachePolicy, Completion, EngineError, EngineStats, Fin
 from policy.model import PolicyModel
 from policy.running_batch import RunningBatch, Ticket
 from policy.sampling import SamplingRows
-from policy.session_slots import KeptState, PromptEnd, SessionSlots
+from policy.session_slots import KeptState, SessionSlots
 from policy.weight_store import PolicySnapshot
 
 PREFILL_TOKENS = 1024
@@ -39,8 +39,8 @@ class _Pack:
     """N arrays: the tokens that are not in a state yet."""
     slots: list[int] = field(default_factory=list)
     """N slots they are fed to."""
-    origins: list[int | PromptEnd] = field(default_factory=list)
-    """For each admitted request, in the order of its row, what tells its first token: a feed, or a kept prompt."""
+    origins: list[int | torch.Tensor] = field(default_factory=list)
+    """For each admitted request, in the order of its row, where its first logits come from: a feed, or (V,) kept."""
     leaders: dict[bytes, int] = field(default_factory=dict)
     """Prompt -> the feed that computes it; later requests with the same prompt copy its state."""
     fresh: list[int] = field(default_factory=list)
@@ -138,11 +138,11 @@ class BatchStepper:
             pass
         if not pack.origins:
             return
-        logits, routes = self._prefill(pack, first)
+        logits = self._prefill(pack, first)
         prefilled_s = self._clock()
         for ticket in self._batch.tickets[first:]:
             ticket.admitted_s, ticket.prefilled_s = now, prefilled_s
-        self._sample(first, logits, routes)
+        self._sample(first, logits)
 
     def _admit_next(self, pack: _Pack) -> bool:
         """Admit the first waiting request into `pack`; False where its prefill is too long to join the others."""
@@ -164,8 +164,8 @@ class BatchStepper:
         self._cached += num_known
         if leader is not None:
             pack.origins.append(leader)
-        elif kept is not None and kept.end is not None:
-            pack.origins.append(kept.end)
+        elif kept is not None and kept.logits is not None:
+            pack.origins.append(kept.logits)
         else:
             if num_known == 0:
                 pack.fresh.append(len(pack.feeds))
@@ -181,44 +181,37 @@ class BatchStepper:
         kept = self._slots.find_session(session_id, ticket.prompt_ids) if session_id is not None else None
         return kept or self._slots.find_prompt(prompt_key)
 
-    def _prefill(self, pack: _Pack, first: int) -> tuple[torch.Tensor, np.ndarray | None]:
-        """Bring the rows from `first` on to the end of their prompts: (n, V) logits and (n, M, k) routes there."""
-        ends = self._feed(pack.feeds, pack.slots)
+    def _prefill(self, pack: _Pack, first: int) -> torch.Tensor:
+        """Bring the rows from `first` on to the end of their prompts: (n, V) logits there."""
+        logits = self._feed(pack.feeds, pack.slots)
         for feed in pack.fresh:
-            self._slots.keep_prompt(pack.slots[feed], pack.feeds[feed], ends[feed])
+            self._slots.keep_prompt(pack.slots[feed], pack.feeds[feed], logits[feed])
         for row, origin in enumerate(pack.origins, first):
             if isinstance(origin, int) and pack.slots[origin] != row:
                 self._cache.copy(pack.slots[origin], row)
-        row_ends = [ends[origin] if isinstance(origin, int) else origin for origin in pack.origins]
-        routes = [end.routes for end in row_ends if end.routes is not None]
-        return torch.stack([end.logits for end in row_ends]), np.stack(routes) if routes else None
+        return torch.stack([logits[origin] if isinstance(origin, int) else origin for origin in pack.origins])
 
-    def _feed(self, feeds: list[np.ndarray], slots: list[int]) -> list[PromptEnd]:
-        """Continue the states of N slots by N arrays of tokens, packed; what the model says after each."""
+    def _feed(self, feeds: list[np.ndarray], slots: list[int]) -> list[torch.Tensor]:
+        """Continue the states of N slots by N arrays of tokens, packed; N (V,) logits after each."""
         if not feeds:
             return []
-        starts = np.cumsum([0, *(len(feed) for feed in feeds)])
-        last = torch.from_numpy(starts[1:] - 1).to(self._device)
-        token_ids = torch.from_numpy(np.concatenate(feeds).astype(np.int64)).to(self._device)
-        sequence_starts = torch.from_numpy(starts).to(self._device)
-        output = self._model.forward(token_ids, sequence_starts, cache=self._cache, slots=slots, logits_at=last)
+        starts = torch.tensor([0, *(len(feed) for feed in feeds)], device=self._device).cumsum(0)
+        token_ids = torch.from_numpy(np.concatenate(feeds)).to(self._device, torch.long)
+        output = self._model(token_ids, starts, cache=self._cache, slots=slots, logits_at=starts[1:] - 1)
         self._prefilled += len(token_ids)
-        routes = None if output.routed_experts is None else output.routed_experts[last].short().cpu().numpy()
-        return [
-            PromptEnd(logits=logits, routes=None if routes is None else routes[i])
-            for i, logits in enumerate(output.logits)
-        ]
+        return list(output.logits)
 
     def _decode(self) -> None:
         token_ids = torch.from_numpy(self._batch.last_tokens()).to(self._device)
         output = self._model.decode(token_ids, self._cache)
-        routes = None if output.routed_experts is None else output.routed_experts.short().cpu().numpy()
-        self._sample(0, output.logits, routes)
+        if output.routed_experts is not None:
+            self._batch.record_routes(output.routed_experts.cpu().numpy())
+        self._sample(0, output.logits)
 
-    def _sample(self, first: int, logits: torch.Tensor, routes: np.ndarray | None) -> None:
+    def _sample(self, first: int, logits: torch.Tensor) -> None:
         """Give each row from `first` on its next token, and end those that are done with it."""
         draw = self._sampling.draw(logits, first, self._batch.num_sampled(first))
-        self._batch.record(first, draw, self.policy_version, routes)
+        self._batch.record(first, draw, self.policy_version)
         self._sampled += len(draw.token_ids)
         outcomes: dict[int, FinishReason | None] = dict(self._batch.ended(first, draw))
         finite = np.isfinite(draw.logprobs)

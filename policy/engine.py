@@ -64,7 +64,8 @@ class Completion:
     """(L,) int32: version of the weights that sampled each token."""
     finish_reason: FinishReason
     routed_experts: np.ndarray | None = None
-    """(L, M, k) int16, M sparse layers, k experts per token; None for dense models or where not captured."""
+    """(L, M, k) int16, M sparse layers, k experts per token; None for dense models or where not captured. Row j = the
+    experts that token j itself took as an input; -1 for the last token, which no step has been fed yet."""
     cached_tokens: int = 0
     """Prompt tokens that needed no prefill."""
     queue_s: float = 0.0

@@ -150,12 +150,12 @@ class LocalEngine:
         swapped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def swap() -> None:
+            refusal = None
             try:
                 self._stepper.swap(snapshot, cache_policy)
-            except WeightSyncError as refusal:
-                self._call_loop(lambda: swapped.done() or swapped.set_exception(refusal))
-            else:
-                self._call_loop(lambda: swapped.done() or swapped.set_result(None))
+            except WeightSyncError as error:  # the tensors were changed after they were verified
+                refusal = error
+            self._call_loop(lambda: _answer(swapped, refusal))
 
         self._post(swap)
         await self._wait_for(swapped, SWAP_TIMEOUT_S)
@@ -196,17 +196,11 @@ class LocalEngine:
 
     def _deliver(self, finished: list[tuple[Ticket, Completion | EngineError]]) -> None:
         for ticket, outcome in finished:
-            if ticket.reply.done():
-                continue
-            if isinstance(outcome, EngineError):
-                ticket.reply.set_exception(outcome)
-            else:
-                ticket.reply.set_result(outcome)
+            _answer(ticket.reply, outcome)
 
     def _fail_pending(self) -> None:
         for reply in self._pending:
-            if not reply.done():
-                reply.set_exception(self._closed_error())
+            _answer(reply, self._closed_error())
 
     def _closed_error(self) -> EngineClosed:
         if self._failure is None:
@@ -246,3 +240,13 @@ class LocalEngine:
         # A closed loop has no one left to tell.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(callback)
+
+
+def _answer(reply: asyncio.Future[_T], outcome: _T | Exception) -> None:
+    """Give a caller its result or its error, unless it went away."""
+    if reply.done():
+        return
+    if isinstance(outcome, Exception):
+        reply.set_exception(outcome)
+    else:
+        reply.set_result(outcome)

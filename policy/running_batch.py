@@ -50,7 +50,7 @@ class Ticket:
 
 
 class RunningBatch:
-    """Example: batch = RunningBatch(8, 256); batch.join(ticket) -> row 0; batch.record(0, draw, 3, routes=None);
+    """Example: batch = RunningBatch(8, 256); batch.join(ticket) -> row 0; batch.record(0, draw, version=3);
     batch.completion(0, "stop", now) -> Completion; batch.remove(0)
     """
 
@@ -61,7 +61,7 @@ class RunningBatch:
         self._logprobs = np.zeros((max_rows, max_tokens), np.float32)
         self._versions = np.zeros((max_rows, max_tokens), np.int32)
         self._routes: np.ndarray | None = None
-        """(R, L, M, k) int16; row t = the experts of the position that token t was sampled from. Made on first use."""
+        """(R, L, M, k) int16: the experts of each sampled token as an input, -1 until it is fed. Made on first use."""
         self._prompt_len = np.zeros(max_rows, np.int64)
         self._length = np.zeros(max_rows, np.int64)
         self._limit = np.zeros(max_rows, np.int64)
@@ -105,18 +105,22 @@ class RunningBatch:
         length = self._length[row]
         return self._token_ids[row, : length - (length > self._prompt_len[row])]
 
-    def record(self, first: int, draw: Draw, version: int, routes: np.ndarray | None) -> None:
-        """Append a token to each of the rows from `first` on; `routes` (B - first, M, k)."""
+    def record(self, first: int, draw: Draw, version: int) -> None:
+        """Append a token to each of the rows from `first` on."""
         rows = self._rows[first : self.size]
         at = self._length[first : self.size]
         self._token_ids[rows, at] = draw.token_ids
         self._logprobs[rows, at] = draw.logprobs
         self._versions[rows, at] = version
-        if routes is not None:
-            if self._routes is None:
-                self._routes = np.zeros((*self._token_ids.shape, *routes.shape[1:]), np.int16)
-            self._routes[rows, at] = routes
+        if self._routes is not None:
+            self._routes[rows, at] = -1
         self._length[first : self.size] += 1
+
+    def record_routes(self, routes: np.ndarray) -> None:
+        """Note the experts (B, M, k) that the last tokens took as inputs."""
+        if self._routes is None:
+            self._routes = np.full((*self._token_ids.shape, *routes.shape[1:]), -1, np.int16)
+        self._routes[self._rows[: self.size], self._length[: self.size] - 1] = routes
 
     def ended(self, first: int, draw: Draw) -> list[tuple[int, FinishReason]]:
         """Rows from `first` on that end with the token just recorded, lowest first."""

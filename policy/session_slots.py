@@ -31,16 +31,6 @@ class SlotCache(Protocol):
     def copy(self, source: int, target: int) -> None: ...
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PromptEnd:
-    """What the model said after the last token of a prompt."""
-
-    logits: torch.Tensor
-    """(V,)."""
-    routes: np.ndarray | None
-    """(M, k) int16 experts of that position; None for dense models."""
-
-
 @dataclass(kw_only=True, slots=True, eq=False)
 class KeptState:
     """A state in a slot that no running request uses."""
@@ -50,8 +40,8 @@ class KeptState:
     slot: int
     token_ids: np.ndarray
     """(L,) int32: all that was fed to reach this state."""
-    end: PromptEnd | None = None
-    """Prompts only."""
+    logits: torch.Tensor | None = None
+    """(V,) after the last token; prompts only."""
 
 
 class SessionSlots:
@@ -123,7 +113,7 @@ class SessionSlots:
         insort(self._free, last)
         return last
 
-    def keep_prompt(self, slot: int, prompt_ids: np.ndarray, end: PromptEnd) -> None:
+    def keep_prompt(self, slot: int, prompt_ids: np.ndarray, logits: torch.Tensor) -> None:
         """Copy the state of a running slot that was just prefilled, if a slot is free or an older prompt can go."""
         key = ("prompt", prompt_ids.tobytes())
         if key in self._kept:
@@ -135,8 +125,8 @@ class SessionSlots:
             self._drop(oldest)
         target = self._free.pop()
         self._cache.copy(slot, target)
-        end = PromptEnd(logits=end.logits.clone(), routes=end.routes)  # not a view of the whole pack
-        self._keep(KeptState(key=key, slot=target, token_ids=prompt_ids, end=end))
+        # A clone, or the logits of the whole pack stay alive.
+        self._keep(KeptState(key=key, slot=target, token_ids=prompt_ids, logits=logits.clone()))
 
     def drop_session(self, session_id: str) -> None:
         if kept := self._kept.get(("session", session_id)):

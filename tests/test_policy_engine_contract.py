@@ -327,6 +327,7 @@ async def test_closing_ends_what_runs_and_refuses_what_comes(case: EngineCase) -
 async def test_closing_ends_weights_that_are_on_their_way(case: EngineCase) -> None:
     async with serving(case) as engine:
         loading = [asyncio.create_task(engine.load_weights(case.snapshot(version))) for version in (2, 3)]
+        await asyncio.sleep(0)  # let them start
         await engine.close()
         outcomes = await asyncio.wait_for(asyncio.gather(*loading, return_exceptions=True), 10)
         assert {type(outcome) for outcome in outcomes} <= {EngineClosed, type(None)}
@@ -549,9 +550,13 @@ async def test_a_group_prefills_its_prompt_once_and_samples_as_fresh_runs_would(
         forked = await asyncio.gather(*map(engine.generate, group))
         assert engine.stats().prefilled_tokens == 33
     assert [completion.cached_tokens for completion in forked] == [0] + [33] * (len(group) - 1)
+    async with serving(case) as engine:
+        for member in (0, 5, len(group) - 1):
+            await engine.load_weights(case.snapshot(2))  # forget the prompt
+            fresh = await engine.generate(group[member])
+            assert fresh.cached_tokens == 0
+            assert_equal_completions(forked[member], fresh)
     for request, completion in zip(group, forked, strict=True):
-        async with serving(case) as engine:
-            assert_equal_completions(completion, await engine.generate(request))
         np.testing.assert_allclose(completion.logprobs, learner_logprobs(case, 0, request, completion), atol=1e-4)
 
 
