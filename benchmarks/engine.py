@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -27,6 +26,10 @@ from typing import Any
 import numpy as np
 
 FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parent))
+
+from benchmarks.machine import describe_machine
+
 BATCHES = (16, 64)
 PRESET = "tiny_hybrid"
 START_TIMEOUT_S = 180.0
@@ -172,23 +175,6 @@ def measure_child(side: str, folder: Path, threads: int) -> dict[str, float]:
     return {"start_s": round(start_s, 2), "peak_mib": round(float(output.split()[-1]), 1)}
 
 
-def machine() -> dict[str, object]:
-    """Where the numbers come from."""
-    import torch
-    import transformers
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 def measure(folder: Path, threads: int, repeats: int, vocab_size: int) -> dict[str, object]:
     save_weights(folder)
     alone = {side: measure_child(side, folder, threads) for side in SIDES}
@@ -205,7 +191,7 @@ def measure(folder: Path, threads: int, repeats: int, vocab_size: int) -> dict[s
     figures |= {f"{name}_{what}": value for name, values in alone.items() for what, value in values.items()}
     lengths = json.loads((FOLDER / "engine_requests.json").read_text())
     figures |= {"threads": threads, "preset": PRESET, "requests": lengths}
-    return {"name": "engine", "ratios": ratios, "figures": figures, "machine": machine(), "paired": True}
+    return {"name": "engine", "ratios": ratios, "figures": figures, "machine": describe_machine(), "paired": True}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
