@@ -1,6 +1,7 @@
 """What a run shows while it goes on: one live line on a terminal, plain lines elsewhere."""
 
 import time
+import unicodedata
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,21 @@ def sparkline(values: Sequence[float], low: float = 0.0, high: float = 1.0) -> s
     """Example: sparkline([0.0, 0.5, 1.0]) -> "▁▅█"; values outside low..high are drawn at the edge."""
     span = max(high - low, 1e-9)
     return "".join(BARS[round(min(max((v - low) / span, 0.0), 1.0) * (len(BARS) - 1))] for v in values)
+
+
+def visible(text: str) -> str:
+    """Control and direction-changing characters as escapes; line ends and tabs stay.
+
+    Example: visible("a\\x1b[31m") -> "a\\\\x1b[31m"
+    """
+    return "".join(
+        character if character in "\n\t" or not unicodedata.category(character).startswith("C") else _escape(character)
+        for character in text
+    )
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def plain_console() -> Console:
@@ -73,8 +89,8 @@ class ProgressLine:
         self._live.update(line, refresh=True)
 
     def say(self, text: str) -> None:
-        """A line that stays. Printed as it is: no markup."""
-        self._console.print(Text(text), soft_wrap=True)
+        """Text that stays, without markup and with control characters made visible: a model may have written it."""
+        self._console.print(Text(visible(text)), soft_wrap=True)
 
     def close(self) -> None:
         if self._live is not None:

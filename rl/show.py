@@ -6,7 +6,6 @@ visible, so that it can neither colour nor rewrite a terminal.
 
 import json
 import time
-import unicodedata
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any
@@ -20,7 +19,7 @@ from conf.schema import TrainConfig
 from envs.message import Message
 from rl import run_folder
 from rl.json_lines import read_json_lines
-from rl.progress import duration, plain_console, sparkline
+from rl.progress import duration, plain_console, sparkline, visible
 from rl.run_folder import RunFolder, RunFolderError
 from rl.transcript import message_text
 from rl.usage import UsageError
@@ -49,17 +48,6 @@ def resolve_run(root: str, run: str) -> RunFolder:
         return RunFolder.resolve(root, run)
     except RunFolderError as error:
         raise UsageError(str(error)) from None
-
-
-def visible(text: str) -> str:
-    """Control and direction-changing characters as escapes; line ends and tabs stay.
-
-    Example: visible("a\\x1b[31m") -> "a\\\\x1b[31m"
-    """
-    return "".join(
-        character if character in "\n\t" or not unicodedata.category(character).startswith("C") else _escape(character)
-        for character in text
-    )
 
 
 def list_runs(root: str, *, as_json: bool = False) -> int:
@@ -231,10 +219,6 @@ def _messages(trajectory: Trajectory) -> list[Message]:
 
 
 # --- for people -----------------------------------------------------------------------------------------------------
-
-
-def _escape(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
 
 
 def _print_evaluations(console: Console, rows: list[dict[str, Any]]) -> None:

@@ -18,8 +18,8 @@ from envs.task import Task
 from rl.bench import run_benchmark
 from rl.cli import COMMANDS, main
 from rl.monitor import Monitor
+from rl.progress import visible
 from rl.run_folder import RunFolder
-from rl.show import visible
 from rl.sweep import run_sweep
 from rl.usage import UsageError
 from rollout.recorder import Recorder

@@ -260,11 +260,11 @@ def test_elsewhere_than_on_a_terminal_every_nth_step_is_a_plain_line():
 def test_on_a_terminal_one_line_is_redrawn_and_texts_stay_above_it():
     progress, out, _ = line_of(terminal=True)
     progress.step(1, METRICS)
-    progress.say("[bold]evaluation[/bold]")
+    progress.say("[bold]evaluation[/bold]\x1b[31m")
     progress.step(2, METRICS)
     progress.close()
     progress.close()
-    assert "\x1b[2K" in out.getvalue() and "[bold]evaluation[/bold]" in out.getvalue()
+    assert "\x1b[2K" in out.getvalue() and "[bold]evaluation[/bold]\\x1b[31m" in out.getvalue()
     assert out.getvalue().count("\n") <= 3
 
 
