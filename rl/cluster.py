@@ -125,6 +125,7 @@ def start_ray(config: TrainConfig, namespace: str) -> None:
     this process and its children only: Ray listens on every interface, and its own token file is readable by others.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves a run wherever anything else is busy
     if config.cluster.address == "local" and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     if "ray" not in sys.modules:  # read once, when Ray is imported; later on init turns it on itself
