@@ -159,18 +159,21 @@ class Controller:
 
     async def _train(self) -> None:
         """Run the loops until the learner loop ends; the first failure of any of them ends all."""
+
+        async def learn() -> None:
+            await self._learner_loop()
+            await self._to_push.join()  # in here, so that a push that fails now is heard as well
+
         background = [
             asyncio.create_task(self.scheduler.run()),
             asyncio.create_task(self._push_loop()),
             asyncio.create_task(self.fleet.heartbeat_loop()),
         ]
-        learner = asyncio.create_task(self._learner_loop())
-        watched: set[asyncio.Future[Any]] = {learner, self.scheduler.failure, *background}
+        watched: set[asyncio.Future[Any]] = {asyncio.create_task(learn()), self.scheduler.failure, *background}
         try:
             done, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
             for future in done:
                 future.result()
-            await self._to_push.join()
         finally:
             for future in watched:
                 future.cancel()
