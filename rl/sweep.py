@@ -3,6 +3,7 @@
 import json
 import secrets
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.table import Table
 from conf.schema import TrainConfig
 from rl.child_process import INTERRUPTED, run_python
 from rl.progress import plain_console
+from rl.run_folder import slug
 
 
 def run_sweep(
@@ -24,11 +26,11 @@ def run_sweep(
 
     `configs[i]` is what `combinations[i]` says: all are known to be valid before the first starts.
     """
-    sweep = secrets.token_hex(2)
+    sweep = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     codes: list[int] = []
     summaries: list[dict[str, Any]] = []
     for number, (words, config) in enumerate(zip(combinations, configs, strict=True), start=1):
-        name = f"{config.run.name or 'sweep'}-{sweep}-{number}"
+        name = f"{config.run.name or slug(config.env.name)}-{sweep}-{number}"
         folders = [word for folder in config_dirs for word in ("--config-dir", folder)]
         print(f"\n=== {number} of {len(combinations)}: {' '.join(words)}", flush=True)
         codes.append(run(["-m", "rl.cli", "train", *words, f"run.name={name}", *folders]))
