@@ -40,6 +40,9 @@ from rollout.scheduler import Scheduler
 from rollout.staleness import SlotGate, StalenessBound
 from rollout.trajectory import Trajectory, TrajectoryGroup
 
+QUIET_STEPS = 10
+"""Learner steps in a row without a learning signal that make the event "no_signal"."""
+
 
 class RunStalled(RuntimeError):
     """Raised when nothing moved for `cluster.stall_timeout_s`; the message says who waits for whom."""
@@ -111,6 +114,7 @@ class Controller:
         self._to_push: asyncio.Queue[tuple[int, int, object]] = asyncio.Queue()
         self._sync_s = 0.0
         self._busy_s = 0.0
+        self._quiet_steps = 0
         self._trained = {"n": 0.0, "length": 0.0, "reward": 0.0, "seconds": 0.0}
         self.transcripts: list[Trajectory] = []
         """First held-out episode of the evaluation before and after training."""
@@ -326,7 +330,21 @@ class Controller:
             **self._selection_bias(trajectories),
         }
         self._monitor.step(self.progress.step, self.progress.policy_version, metrics)
+        self._watch_signal(metrics)
         self._folder.heartbeat(step=self.progress.step)
+
+    def _watch_signal(self, metrics: Mapping[str, float]) -> None:
+        """Tell once that nothing has been learned for a while (pitfalls C7). Trained rows, not differing rewards, are
+        the sign: the price of tool calls teaches where all are correct."""
+        self._quiet_steps = 0 if metrics.get("rows/trained") else self._quiet_steps + 1
+        if self._quiet_steps != QUIET_STEPS:
+            return
+        shares = {kind: metrics[f"group/frac_{kind}"] for kind in ("mixed", "all_good", "all_bad")}
+        self._monitor.event("no_signal", step=self.progress.step, steps=QUIET_STEPS, **shares)
+        self._monitor.say(
+            f"nothing to learn from for {QUIET_STEPS} steps: of the last groups {shares['all_good']:.0%} all right, "
+            f"{shares['all_bad']:.0%} all alike and wrong; change the level, the reward or the temperature"
+        )
 
     def _new_busy_s(self) -> float:
         """Seconds that engines spent in model steps since the last report, mean over workers, as heartbeats tell."""
