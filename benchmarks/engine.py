@@ -25,11 +25,10 @@ from typing import Any
 
 import numpy as np
 
-FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parent))
-
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.machine import describe_machine
 
+FOLDER = Path(__file__).resolve().parent
 BATCHES = (16, 64)
 PRESET = "tiny_hybrid"
 START_TIMEOUT_S = 180.0
