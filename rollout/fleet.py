@@ -199,9 +199,14 @@ class Fleet:
         """Ask every worker how it is; one that is silent for ten intervals is killed and revived."""
         while True:
             await asyncio.sleep(self._heartbeat_s)
-            await asyncio.gather(*(self._beat(m) for m in self.members if m.state == WorkerState.HEALTHY))
+            await self.beat()
+
+    async def beat(self) -> None:
+        """One round of questions; whoever is found dead is being revived when it returns."""
+        await asyncio.gather(*(self._beat(m) for m in self.members if m.state == WorkerState.HEALTHY))
 
     async def _beat(self, member: Member) -> None:
+        version = member.version
         try:
             async with asyncio.timeout(self._heartbeat_s):
                 member.status = await member.client.status()
@@ -213,6 +218,9 @@ class Fleet:
             elif silent_s > 10 * self._heartbeat_s:
                 await member.client.restart()
                 await self.lost(member, f"silent for {silent_s:.0f} s")
+        else:
+            if member.status.policy_version < version:  # a new process behind the same name
+                await self.lost(member, f"restarted: it holds version {member.status.policy_version}, not {version}")
 
     async def close(self) -> None:
         for task in self._recoveries:
