@@ -41,6 +41,7 @@ class EnvConfig:
     correct trajectories, never enough to make one worth less than a wrong one. 0 = off."""
     # --- advanced ---
     reset_timeout_s: float = 30.0
+    """Deadline of making an environment, and again of its reset."""
     step_timeout_s: float = 30.0
     """Deadline of one environment step, its tool calls included."""
     reward_timeout_s: float = 60.0
@@ -92,18 +93,22 @@ class RolloutConfig:
     group_size: int = 16
     """G, trajectories of one task; >= 2."""
     workers: int = 1
+    """Processes that sample, each with an engine of its own."""
     env_pools: int = 1
+    """Processes that host environments."""
     lock: str = "turn"
     """"none" | "turn" | "trajectory" | "group": what must end before a worker swaps weights."""
     cache_policy: str = "recompute"
     """"keep" | "recompute": kept model state when weights are swapped."""
     temperature: float = 1.0
+    """Of sampling; the learner computes its logprobs at the same one."""
     max_turn_tokens: int = 64
     """Most tokens the policy samples in one turn."""
     max_turns: int = 0
     """Most turns of an episode; 0 = the environment's own limit."""
     # --- advanced ---
     episode_deadline_s: float = 120.0
+    """Past it an episode ends and is scored as it stands."""
     max_attempts: int = 5
     """Leases of one group before it is dropped with reason "attempts"."""
 
@@ -115,12 +120,17 @@ class OptimizerConfig:
     name: str = "adamw"
     """"adamw" or an import path "module:function" (params, config) -> torch optimizer."""
     lr: float = 4e-4
+    """Highest learning rate."""
     warmup_steps: int = 10
+    """Updates over which the rate rises to lr."""
     weight_decay: float = 0.0
     """Never applied to A_log, dt_bias, conv1d, norms and biases."""
     beta1: float = 0.9
+    """Decay of the mean of gradients."""
     beta2: float = 0.95
+    """Decay of the mean of squared gradients."""
     eps: float = 1e-8
+    """Added to the root of the second."""
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 = off."""
     schedule: str = "constant"
@@ -140,10 +150,13 @@ class LossConfig:
     normalise: str = "token"
     """"token" (all sampled tokens of the step) | "sequence" (mean of per-trajectory means) | "horizon" (Dr. GRPO)."""
     clip_low: float = 0.2
+    """The ratio to the proximal policy is clipped at 1 - clip_low ..."""
     clip_high: float = 0.28
+    """... and at 1 + clip_high."""
     tis_cap: float = 2.0
     """Truncated importance weight of the proximal against the rollout policy; 0 = off (weight 1)."""
     entropy_bonus: float = 0.0
+    """Weight of the policy's entropy, which is raised; 0 = off."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,6 +176,7 @@ class LearnerConfig:
     self_check_tolerance: float = 0.0
     """Largest |learner - rollout logprob| of the first batch; 0 = the engine's declared tolerance."""
     step_timeout_s: float = 600.0
+    """Deadline of each call of the learner's process: a step, a checkpoint, a restore."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,6 +206,7 @@ class ClusterConfig:
     num_cpus: int = 0
     """CPUs Ray may use on this machine; 0 = as many as actors ask for."""
     start_timeout_s: float = 180.0
+    """Deadline of starting each part, and of starting a lost worker again."""
     heartbeat_s: float = 2.0
     """Interval of worker heartbeats; a worker silent for 10 of them is killed and its groups are leased again."""
     stall_timeout_s: float = 300.0
@@ -207,6 +222,7 @@ class MonitorConfig:
     wandb: str = "offline"
     """"offline" | "online" (needs a key, never prompts) | "disabled"."""
     wandb_project: str = "shoal"
+    """Project that the run is logged to."""
     log_every: int = 1
     """Learner steps between lines of plain output where there is no terminal."""
     transcript: bool = True
@@ -218,11 +234,13 @@ class RunConfig:
     """The run's folder and what is kept in it."""
 
     root: str = "runs"
+    """Folder of all runs."""
     name: str = ""
     """Folder under root; "" = <utc>-<env>-<policy>-<hex>."""
     checkpoint_every: int = 25
     """Learner steps between checkpoints; the last step and an interruption always make one."""
     keep_checkpoints: int = 3
+    """Newest ones that are kept."""
     debug_failpoint: str = ""
     """Tests only: "<phase>:<count>" makes a worker kill itself with SIGKILL at the count-th time it enters the phase
     (reset | sample | tool | commit | swap); after a comma, the same for its next life. "" = off."""
@@ -233,10 +251,13 @@ class SftConfig:
     """Warm start on demonstrations (`shoal sft`)."""
 
     steps: int = 420
+    """Optimizer steps."""
     batch_size: int = 64
     """Demonstrations of one step."""
     lr: float = 2e-3
+    """Highest learning rate; a cosine takes it to 10% at the last step."""
     warmup_steps: int = 30
+    """Steps over which the rate rises to lr."""
     noise: bool = True
     """Use the environment's noisy demonstrations; false = the oracle's."""
     output: str = ""
@@ -248,6 +269,7 @@ class TrainConfig:
     """A whole run."""
 
     seed: int = 1
+    """Of the tasks, of sampling and of random weights."""
     steps: int = 90
     """Optimizer steps (learner steps) of the run."""
     dry_run: bool = False
