@@ -5,6 +5,7 @@ Invariants
 - Every issued group ends consumed or dropped with a reason, whatever workers do: a lost lease is given out again under
   a new attempt, and a late result of an old attempt is refused by the ledger.
 - A group is leased only to a worker that serves at least the version published when the group was admitted.
+- A run whose groups mostly fail ends (`GroupsFailing`): dropped groups are replaced by new ones, for ever otherwise.
 
 Loops
 - admission: waits for a slot; woken by `published` and `_drop`.
@@ -26,6 +27,15 @@ from rollout.ledger import Ledger
 from rollout.recorder import Recorder, group_digest
 from rollout.staleness import SlotGate
 from rollout.trajectory import StopReason, TrajectoryGroup
+
+WATCHED_GROUPS = 40
+"""A run stops when more than half of its last this many groups were dropped; 21 in a row suffice."""
+NOT_RETRIED = ("env_error", "no_tokens")
+"""Causes that another attempt would meet again; also reasons of a drop."""
+
+
+class GroupsFailing(RuntimeError):
+    """Raised when so many groups are dropped that the fault is no accident; the message shows the last one."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -77,6 +87,7 @@ class Scheduler:
         self._alive: dict[str, asyncio.Task[None]] = {}
         self._finished = 0  # consumed by the learner
         self._open = 0  # admitted, neither consumed nor dropped
+        self._recently_dropped: deque[bool] = deque(maxlen=WATCHED_GROUPS)  # one entry per group that ended
         self.published_version = -1
         self._published_step = 0
         self.counters = RolloutCounters()
@@ -162,35 +173,32 @@ class Scheduler:
             lease = Lease(
                 group_id=task.task_id, task=task, attempt=attempt, min_version=min_version, deadline_s=deadline_s
             )
-            cause = ""
+            cause = problem = ""
             group = None
             try:
                 group = await member.client.run_lease(lease)
             except WorkerLost as error:
-                cause = "worker_lost"
+                cause, problem = "worker_lost", str(error)
                 await self._fleet.lost(member, str(error))
-            except NotReady:
-                cause = "not_ready"
+            except NotReady as error:
+                cause, problem = "not_ready", str(error)
             finally:
                 await self._fleet.done(member)
             self._on_span(member.name, "generate", start_s, self._clock())
             if group is not None:
-                cause = await self._settle(group)
+                cause, problem = _why_untrainable(group)
                 if not cause:
-                    return
+                    return await self._settle(group)
             if self._retry(task, attempt, cause):
                 continue
-            await self._drop(task.task_id, cause, group)
-            return
+            return await self._drop(task.task_id, cause, problem, group)
 
-    async def _settle(self, group: TrajectoryGroup) -> str:
-        """Commit a group that can be trained on. Returns why it cannot, or "" when all is well."""
-        if sum(t.is_trainable for t in group.trajectories) < 2:
-            infra = any(t.stop_reason == StopReason.INFRA_ERROR for t in group.trajectories)
-            return "infra_error" if infra else "env_error"
+    async def _settle(self, group: TrajectoryGroup) -> None:
+        """Commit a group and hand it to the learner."""
         if not self._ledger.commit(group.group_id, group.attempt, group_digest(group)):
-            return ""  # refused as late or double: the attempt that counts is elsewhere
+            return  # refused as late or double: the attempt that counts is elsewhere
         self._recorder.write([group], split="train")
+        self._recently_dropped.append(False)
         self.counters.committed += 1
         for trajectory in group.trajectories:
             if trajectory.is_trainable:
@@ -199,19 +207,18 @@ class Scheduler:
                 self.counters.dispatched_reward += trajectory.reward or 0.0
                 self.counters.dispatched_seconds += trajectory.seconds
         await self._buffer.put(group)
-        return ""
 
     def _retry(self, task: Task, attempt: int, cause: str) -> bool:
-        """Give the lease back for another attempt, unless they are used up or the environment itself is broken."""
-        if cause == "env_error" or self._ledger.attempts(task.task_id) >= self._config.max_attempts:
+        """Give the lease back for another attempt, unless they are used up or could not help."""
+        if cause in NOT_RETRIED or self._ledger.attempts(task.task_id) >= self._config.max_attempts:
             return False
         self._ledger.release(task.task_id, attempt, cause)
         self.counters.redispatched += 1
         self._on_event("redispatched", group=task.task_id, attempt=attempt, cause=cause)
         return True
 
-    async def _drop(self, group_id: str, cause: str, group: TrajectoryGroup | None) -> None:
-        reason = cause if cause == "env_error" else "attempts"
+    async def _drop(self, group_id: str, cause: str, problem: str, group: TrajectoryGroup | None) -> None:
+        reason = cause if cause in NOT_RETRIED else "attempts"
         self._ledger.drop(group_id, reason)
         if group is not None:
             self._recorder.write([group], split="train")
@@ -220,7 +227,14 @@ class Scheduler:
         self._open -= 1
         await self._buffer.drop(group_id)
         self.counters.dropped += 1
-        self._on_event("dropped", group=group_id, reason=reason, cause=cause)
+        self._on_event("dropped", group=group_id, reason=reason, cause=cause, error=problem)
+        self._recently_dropped.append(True)
+        if sum(self._recently_dropped) > WATCHED_GROUPS // 2:
+            shown = "; shoal show RUN --traj ID prints the episode and its traceback" if group is not None else ""
+            raise GroupsFailing(
+                f"{sum(self._recently_dropped)} of the last {len(self._recently_dropped)} groups could not be trained "
+                f"on, the last for {cause}: {problem}{shown}"
+            )
         self._wake.set()
 
     async def close(self) -> None:
@@ -229,3 +243,18 @@ class Scheduler:
         for work in works:
             work.cancel()
         await asyncio.gather(*works, return_exceptions=True)
+
+
+def _why_untrainable(group: TrajectoryGroup) -> tuple[str, str]:
+    """(cause, an example in words) of a group with fewer than two members to compare; ("", "") for a good one."""
+    failed = [t for t in group.trajectories if not t.is_trainable]
+    if len(group.trajectories) - len(failed) >= 2:
+        return "", ""
+    errors = [t for t in failed if t.stop_reason.is_error]
+    if not errors:
+        t = failed[0]
+        return "no_tokens", f"{t.trajectory_id}: {t.stop_reason} before its first token: raise engine.max_model_tokens?"
+    # one that the machinery spoilt decides: another attempt may still show what the environment is worth
+    t = next((t for t in errors if t.stop_reason != StopReason.ENV_ERROR), errors[0])
+    cause = "env_error" if t.stop_reason == StopReason.ENV_ERROR else "infra_error"
+    return cause, f"{t.trajectory_id}: " + (f"{t.error.message} (in {t.error.where})" if t.error else t.stop_reason)
