@@ -55,9 +55,9 @@ class PolicyConfig:
     kind: str = "hybrid"
     """"hybrid" (ours) | "hf" (a transformers checkpoint folder)."""
     preset: str = "tiny_hybrid"
-    """Name in policy.hybrid.PRESETS; used by kind "hybrid"."""
+    """Name in policy.hybrid_config.PRESETS; used by kind "hybrid"."""
     overrides: dict[str, Any] = field(default_factory=dict)
-    """Fields of policy.hybrid.HybridConfig that differ from the preset."""
+    """Fields of policy.hybrid_config.HybridConfig that differ from the preset."""
     path: str = ""
     """Checkpoint folder for kind "hf"."""
     init: str = "auto"
