@@ -1,4 +1,4 @@
-"""Pools of environments as Ray actors. All logic is in `envs.client` and `envs.mailbox`; here is only the transport."""
+"""Pools of environments as Ray actors. All logic is in `envs.client` and `envs.call_batching`; here is only the transport."""
 
 import logging
 import sys
@@ -11,7 +11,7 @@ from ray.exceptions import RayError
 
 from envs.client import MailboxHost, PoolService
 from envs.errors import HostLost
-from envs.mailbox import Delivery, Mailbox, Request
+from envs.call_batching import Delivery, Mailbox, Request
 
 Result = TypeVar("Result")
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from envs.errors import HostLost
-from envs.mailbox import Delivery, Mailbox, MailboxServer, Request
+from envs.call_batching import Delivery, Mailbox, MailboxServer, Request
 from envs.message import Message
 from envs.outcome import EnvFailure, ResetOutcome, StepOutcome
 from envs.pool import DIGESTS_AT_ONCE, EnvPool

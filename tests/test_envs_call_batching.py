@@ -9,7 +9,7 @@ import pytest
 from envs.base import call, say
 from envs.client import MailboxHost, PoolService
 from envs.errors import HostLost
-from envs.mailbox import Delivery, Mailbox, MailboxServer, Request
+from envs.call_batching import Delivery, Mailbox, MailboxServer, Request
 from envs.task import Task
 
 TASK = Task(task_id="t", env_id="Calculator-v0", env_name="e", seed=1)
