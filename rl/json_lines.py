@@ -21,7 +21,11 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8", buffering=1)  # a line reaches the kernel when it is written
 
     def append(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(self.plain(row), ensure_ascii=False, allow_nan=False) + "\n")
+        """Raises OSError, naming the file, where it cannot be written."""
+        try:
+            self._file.write(json.dumps(self.plain(row), ensure_ascii=False, allow_nan=False) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from error
 
     def close(self) -> None:
         self._file.close()

@@ -93,11 +93,18 @@ class RunFolder:
 
     @staticmethod
     def create(
-        root: Path | str, env: str, policy: str, name: str = "", *, clock: Callable[[], float] = time.time
+        root: Path | str,
+        env: str,
+        policy: str,
+        name: str = "",
+        *,
+        fill: "Callable[[RunFolder], None]" = lambda folder: None,
+        clock: Callable[[], float] = time.time,
     ) -> "RunFolder":
         """Make a new folder (mode 0700), its run.json and the `latest` link. `name` "" makes a unique one.
 
-        Raises `RunFolderError`, with nothing left behind, for a bad or used name, no space, or no permission.
+        `fill` writes what else it must hold from the start. Raises `RunFolderError`, with nothing left behind, for a
+        bad or used name, no space, or no permission; and what `fill` raises.
         """
         now = clock()
         if not name:
@@ -115,6 +122,7 @@ class RunFolder:
             folder.checkpoints.mkdir()
             folder.logs.mkdir()
             folder.begin(clock=clock)
+            fill(folder)
             _link(Path(root) / LATEST, name)
         except BaseException as error:
             shutil.rmtree(folder.path, ignore_errors=True)

@@ -8,11 +8,11 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import AsyncExitStack, closing, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
-
 
 from conf.loading import read_config, resolved_yaml
 from conf.schema import TrainConfig
@@ -25,11 +25,18 @@ from rl.controller import Controller, Progress
 from rl.evaluate import Evaluation
 from rl.monitor import Monitor
 from rl.preflight import check_parts
-from rl.run_folder import RunFolder, RunStatus
+from rl.run_folder import RunFolder, RunFolderError, RunStatus
 from rl.transcript import transcript_text
 from rollout.ledger import GroupState, Ledger
 from rollout.recorder import Recorder, TrajectoryReader
 from rollout.trajectory import TrajectoryGroup
+
+DRIVER_LOG = "driver.log"
+"""File in the run's logs/ for what ended this process."""
+
+
+class RunFailed(RuntimeError):
+    """Raised when a run ends before its last step without being asked to; the cause is chained and in the folder."""
 
 
 def task_entries(config: TrainConfig) -> tuple[TaskEntry, ...]:
@@ -50,9 +57,12 @@ def train(config: TrainConfig) -> int:
         return 0
     check_parts(config)  # unknown names and missing files stop here, before anything is made or started
     facts = environment_facts([entry.env_id for entry in task_entries(config)])
-    folder = RunFolder.create(config.run.root, config.env.name, _policy_name(config), config.run.name)
-    folder.write_config(resolved_yaml(config))
-    folder.write_manifest(seed=config.seed, environments=facts)
+
+    def fill(folder: RunFolder) -> None:
+        folder.write_config(resolved_yaml(config))
+        folder.write_manifest(seed=config.seed, environments=facts)
+
+    folder = RunFolder.create(config.run.root, config.env.name, _policy_name(config), config.run.name, fill=fill)
     return _run(config, folder, None, resumed=False)
 
 
@@ -74,36 +84,53 @@ def _policy_name(config: TrainConfig) -> str:
 
 
 def _run(config: TrainConfig, folder: RunFolder, checkpoint: Checkpoint | None, *, resumed: bool) -> int:
-    monitor = Monitor(folder.path, config)
-    if resumed:
-        monitor.rewind(checkpoint.step if checkpoint else 0)
+    """Raises `RunFailed`, after the folder says so, for whatever ends the run but an interruption."""
+    monitor: Monitor | None = None
     try:
-        outcome = asyncio.run(_main(config, folder, monitor, checkpoint, resumed=resumed))
-    except KeyboardInterrupt:  # the second Ctrl-C: stop hard, keep what is on disk
-        outcome = RunStatus.INTERRUPTED
-    except BaseException as error:
-        reason = f"{type(error).__name__}: {error}"
-        folder.finish("failed", error=reason)
-        monitor.event("run_failed", error=reason)
+        monitor = Monitor(folder.path, config)
+        if resumed:
+            monitor.rewind(checkpoint.step if checkpoint else 0)
+        try:
+            outcome = asyncio.run(_main(config, folder, monitor, checkpoint, resumed=resumed))
+        except KeyboardInterrupt:  # the second Ctrl-C: stop hard, keep what is on disk
+            outcome = RunStatus.INTERRUPTED
+        folder.finish(outcome)
         monitor.close()
-        raise
-    folder.finish(outcome)
-    monitor.close()
+    except Exception as error:
+        _note_failure(folder, monitor, error)
+        raise RunFailed(
+            f"run {folder.path} failed: {type(error).__name__}: {error} (traceback in {folder.logs / DRIVER_LOG})"
+        ) from error
     if outcome == RunStatus.INTERRUPTED:
         print(f"\ninterrupted; continue with: shoal resume {folder.name}", file=sys.stderr)
         return 130
     return 0
 
 
+def _note_failure(folder: RunFolder, monitor: Monitor | None, error: Exception) -> None:
+    """Leave the cause in the folder as far as the disk lets us: the disk may be the cause."""
+    reason = f"{type(error).__name__}: {error}"
+    with suppress(OSError), (folder.logs / DRIVER_LOG).open("a", encoding="utf-8") as log:
+        log.write("".join(traceback.format_exception(error)))
+    with suppress(RunFolderError):
+        folder.finish("failed", error=reason)
+    if monitor is not None:
+        with suppress(OSError):
+            monitor.event("run_failed", error=reason)
+        with suppress(OSError):
+            monitor.close()
+
+
 async def _main(
     config: TrainConfig, folder: RunFolder, monitor: Monitor, checkpoint: Checkpoint | None, *, resumed: bool
 ) -> RunStatus:
     started_s = time.monotonic()
-    cluster = await start_cluster(config, folder.path)
-    monitor.event("cluster_started", seconds=round(time.monotonic() - started_s, 3))
-    ledger = Ledger(folder.ledger)
-    recorder = Recorder(folder.trajectories)
-    try:
+    async with AsyncExitStack() as stack:
+        cluster = await start_cluster(config, folder.path)
+        stack.push_async_callback(cluster.close)
+        monitor.event("cluster_started", seconds=round(time.monotonic() - started_s, 3))
+        ledger = stack.enter_context(closing(Ledger(folder.ledger)))
+        recorder = stack.enter_context(closing(Recorder(folder.trajectories)))
         left = Leftover()
         if resumed:
             left = await _restore(folder, cluster, ledger, recorder, checkpoint)
@@ -121,10 +148,6 @@ async def _main(
         folder.write_summary(summary)
         _show_end(config, folder, monitor, controller, summary)
         return RunStatus.FINISHED
-    finally:
-        await cluster.close()
-        recorder.close()
-        ledger.close()
 
 
 async def _assemble(
