@@ -102,7 +102,7 @@ POSITIVE = (
 FRACTIONS = ("learner.optimizer.beta1", "learner.optimizer.beta2")
 """At least 0, less than 1."""
 
-ENV_ID = re.compile(r"([A-Za-z_][\w.]*:)?[\w-]+-v\d+")
+ENV_ID = re.compile(r"[\w-]+-v\d+|[A-Za-z_][\w.]*:[A-Za-z_][\w.-]*")
 IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 NAME = re.compile(r"\w[\w.-]*")
 RUN_NAME = re.compile(r"[a-z0-9-]+")
@@ -201,7 +201,7 @@ def _check_names(config: TrainConfig) -> None:
         if not value:
             raise ConfigError(f"{key} is missing: give an id such as Calculator-v0 or module:MyEnv-v0")
         if not ENV_ID.fullmatch(value):
-            raise ConfigError(f"{key}={value!r} is no environment id: write Name-v0 or module:Name-v0")
+            raise ConfigError(f"{key}={value!r} is no environment id: write Name-v0, module:Name-v0 or module:Class")
         if ":" in value:
             _check_importable(key, value)
 
