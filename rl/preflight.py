@@ -23,7 +23,7 @@ def check_parts(config: TrainConfig, *, trains: bool = True) -> None:
     env = config.env
     entries = {f"env.mix.{name}": entry for name, entry in env.mix.items()} or {"env": env}
     for key, entry in entries.items():
-        _check_environment(entry.id, entry.kwargs, f"{key}.kwargs")
+        _check_environment(entry.id, entry.kwargs, entry.level, key)
     if config.policy.kind == "hybrid":
         _check_preset(config.policy.preset, config.policy.overrides)
     if not trains:
@@ -39,14 +39,21 @@ def check_parts(config: TrainConfig, *, trains: bool = True) -> None:
         raise ConfigError(str(error)) from None
 
 
-def _check_environment(env_id: str, kwargs: Mapping[str, Any], key: str) -> None:
-    parameters = inspect.signature(find_class(env_id)).parameters
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
+def _check_environment(env_id: str, kwargs: Mapping[str, Any], level: int, key: str) -> None:
+    owner = find_class(env_id)
+    if level >= owner.levels:
+        raise ConfigError(f"{key}.level={level} is out of range: {env_id} has levels 0 to {owner.levels - 1}")
+    parameters = inspect.signature(owner).parameters
+    free = {p.name for p in parameters.values() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    for name, parameter in parameters.items():
+        if name not in free and name not in kwargs and parameter.default is parameter.empty:
+            raise ConfigError(f"{key}.kwargs.{name} is missing: {env_id} needs it")
     for name in kwargs:
-        if name not in parameters:
-            hint = nearest(f"{key}.{name}", [f"{key}.{known}" for known in parameters])
-            raise ConfigError(f"unknown key '{key}.{name}' for {env_id}.{hint} Available: {', '.join(parameters)}")
+        if name not in parameters and not free:
+            hint = nearest(f"{key}.kwargs.{name}", [f"{key}.kwargs.{known}" for known in parameters])
+            raise ConfigError(
+                f"unknown key '{key}.kwargs.{name}' for {env_id}.{hint} Available: {', '.join(parameters)}"
+            )
 
 
 def _check_preset(preset: str, overrides: Mapping[str, Any]) -> None:

@@ -70,6 +70,7 @@ def resume(run: str, overrides: Sequence[str] = (), *, root: str = "runs") -> in
     """Continue an interrupted or crashed run in its own folder, e.g. with overrides ["steps=200"]."""
     folder = RunFolder.resolve(root, run)
     config = read_config(folder.config.read_text(), overrides)
+    check_parts(config)
     try:
         checkpoint = load_latest(folder.checkpoints)
     except CheckpointError:
@@ -99,7 +100,7 @@ def _run(config: TrainConfig, folder: RunFolder, checkpoint: Checkpoint | None, 
     except Exception as error:
         _note_failure(folder, monitor, error)
         raise RunFailed(
-            f"run {folder.path} failed: {type(error).__name__}: {error} (traceback in {folder.logs / DRIVER_LOG})"
+            f"run {folder.path} failed: {type(error).__name__}: {error} (more in {folder.logs / DRIVER_LOG})"
         ) from error
     if outcome == RunStatus.INTERRUPTED:
         print(f"\ninterrupted; continue with: shoal resume {folder.name}", file=sys.stderr)
