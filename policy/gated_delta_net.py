@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 CHUNK_SIZE = 32
 """Tokens solved together. 32 beats 64 on a CPU: the work inside a chunk grows with its square."""
+CONVOLUTION_ROWS = 128
+"""Rows that the convolution handles at once on a CPU: few enough to stay in its cache between the taps."""
 
 
 class _ShortConvolution(torch.autograd.Function):
@@ -29,22 +31,27 @@ class _ShortConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        rows = x.shape[0] - len(weight) + 1
-        mixed = x[:rows] * weight[0]
-        for j in range(1, len(weight)):
-            mixed.addcmul_(x[j : j + rows], weight[j])
+        mixed = x.new_empty(x.shape[0] - len(weight) + 1, x.shape[1])
+        step = CONVOLUTION_ROWS if x.is_cpu else len(mixed)
+        for begin in range(0, len(mixed), step):
+            block = mixed[begin : begin + step]
+            torch.mul(x[begin : begin + len(block)], weight[0], out=block)
+            for j in range(1, len(weight)):
+                block.addcmul_(x[begin + j : begin + j + len(block)], weight[j])
         ctx.save_for_backward(x, weight, mixed)
         return F.silu(mixed)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         x, weight, mixed = ctx.saved_tensors
-        rows = len(mixed)
-        d_mixed = torch.ops.aten.silu_backward(grads[0], mixed)
-        d_x, d_weight = torch.zeros_like(x), torch.empty_like(weight)
-        for j in range(len(weight)):
-            d_x[j : j + rows].addcmul_(d_mixed, weight[j])
-            torch.sum(d_mixed * x[j : j + rows], 0, out=d_weight[j])
+        d_x, d_weight = torch.zeros_like(x), torch.zeros_like(weight)
+        step = CONVOLUTION_ROWS if x.is_cpu else len(mixed)
+        for begin in range(0, len(mixed), step):
+            d_mixed = torch.ops.aten.silu_backward(grads[0][begin : begin + step], mixed[begin : begin + step])
+            for j in range(len(weight)):
+                window = slice(begin + j, begin + j + len(d_mixed))
+                d_x[window].addcmul_(d_mixed, weight[j])
+                d_weight[j] += (d_mixed * x[window]).sum(0)
         return d_x, d_weight
 
 
@@ -144,7 +151,7 @@ class GatedDeltaNet(nn.Module):
             ends = packing.conv_rows[torch.tensor(packing.lengths, device=x.device).cumsum(0) - 1]
             window = ends[:, None] - torch.arange(self.kernel - 2, -1, -1, device=x.device)
             cached.conv.index_copy_(0, slots, inputs[window])
-        return _ShortConvolution.apply(inputs, self.conv1d.weight.float()[:, 0].t())  # type: ignore[return-value]
+        return _ShortConvolution.apply(inputs, self.conv1d.weight.float()[:, 0].t().contiguous())  # type: ignore[return-value]
 
     def _to_chunks(self, y: Tensor, packing: Packing) -> Tensor:
         """(rows of the convolution, heads, dim) -> (M, heads, C, dim)."""
