@@ -247,6 +247,8 @@ def _combination_problems(config: TrainConfig) -> Iterator[str]:
         yield "policy.dialect=tiny needs policy.kind=hybrid: a transformers checkpoint needs chat_template or qwen3_5"
     if policy.kind == "hybrid" and policy.dialect != "tiny":
         yield f"policy.dialect={policy.dialect} needs policy.kind=hf: the hybrid model has only the tiny tokenizer"
+    if policy.kind == "hf" and policy.init == "random":
+        yield "policy.init=random has no effect: policy.kind=hf brings its weights"
     yield from _without_effect(config)
     for failpoint in filter(None, config.run.debug_failpoint.split(",")):
         phase, _, count = failpoint.partition(":")

@@ -13,11 +13,11 @@ SHIPPED = Path(__file__).parent / "weights"
 
 
 def initial_weights_file(config: PolicyConfig, env_name: str) -> Path | None:
-    """The file a run's weights are read from; None where the model already has its own (random, or kind "hf").
+    """The file a run's weights are read from; None where the model already has its own (random, or those of a checkpoint folder).
 
     Raises ValueError naming what is missing and the command that makes it.
     """
-    if config.kind == "hf" or config.init == "random":
+    if config.init == "random" or (config.kind == "hf" and config.init == "auto"):
         return None
     if config.init == "auto":
         path = SHIPPED / f"{config.preset}-{env_name}.safetensors"
@@ -29,11 +29,11 @@ def initial_weights_file(config: PolicyConfig, env_name: str) -> Path | None:
             )
         return path
     path = Path(config.init)
-    if path.is_dir():
-        path = path / "model.safetensors"
-    if not path.is_file():
-        raise ValueError(f"policy.init={config.init!r}: no such file or checkpoint folder")
-    return path
+    candidates = [path / "model.safetensors", path / "weights.safetensors"] if path.is_dir() else [path]
+    for candidate in candidates:  # a model folder, a run's checkpoint, or the file itself
+        if candidate.is_file():
+            return candidate
+    raise ValueError(f"policy.init={config.init!r}: no such file or checkpoint folder")
 
 
 def load_initial_weights(model: "PolicyModel", config: PolicyConfig, env_name: str) -> Path | None:

@@ -41,6 +41,8 @@ class Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code and never shows a traceback for what a user typed."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # environments and losses beside the user, as with `python -m`
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         width = max(len(name) for name in COMMANDS)
