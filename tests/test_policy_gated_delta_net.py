@@ -60,14 +60,15 @@ def test_the_chunked_rule_equals_the_recurrence(lengths: list[int], from_zero: b
     assert (last is None) == from_zero
 
 
+@pytest.mark.parametrize("forget", [0.02, 1.0])
 @pytest.mark.parametrize("from_zero", [True, False])
-def test_gradients_of_the_chunked_rule_equal_those_of_the_recurrence(from_zero: bool) -> None:
-    lengths = [70, 5, 33]
+def test_gradients_of_the_chunked_rule_equal_those_of_the_recurrence(from_zero: bool, forget: float) -> None:
+    lengths = [130, 5, 33]
     state = torch.randn(3, HEADS, KEY_DIM, VALUE_DIM, generator=torch.Generator().manual_seed(2))
     if from_zero:
         state.zero_()
-    fast = [part.requires_grad_() for part in inputs(sum(lengths))]
-    slow = [part.requires_grad_() for part in inputs(sum(lengths))]
+    fast = [part.requires_grad_() for part in inputs(sum(lengths), forget=forget)]
+    slow = [part.requires_grad_() for part in inputs(sum(lengths), forget=forget)]
     weight = torch.randn(sum(lengths), HEADS, VALUE_DIM, generator=torch.Generator().manual_seed(3))
     out, _ = chunked(fast, lengths, None if from_zero else state)
     (out * weight).sum().backward()
