@@ -7,6 +7,9 @@ from conf.checks import nearest
 from rl.child_process import run_python
 from rl.usage import UsageError
 
+SHARED = ("machine",)
+"""Modules in the same folder that are no benchmark."""
+
 
 def run_benchmark(name: str | None, arguments: Sequence[str], *, checkout: Path | None = None) -> int:
     """Run benchmarks/<name>.py of the checkout with `arguments`; without a name, print what there is."""
@@ -16,7 +19,7 @@ def run_benchmark(name: str | None, arguments: Sequence[str], *, checkout: Path 
             f"there is no {folder}: benchmarks are part of the source checkout, not of the installed package; "
             "clone the repository and run `pip install -e .` there"
         )
-    names = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    names = sorted(path.stem for path in folder.glob("*.py") if path.stem not in SHARED)
     if name is None:
         print("\n".join(names))
         return 0

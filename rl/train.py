@@ -161,7 +161,8 @@ async def _assemble(
     progress: Progress,
 ) -> Controller:
     entries = task_entries(config)
-    count = max(config.evaluation.final_tasks, config.evaluation.tasks)
+    during = config.evaluation.tasks if config.evaluation.every else 0  # what is held out is missing in training
+    count = max(config.evaluation.final_tasks, during)
     held_out = await held_out_tasks(entries, cluster.host, count=count, seed=config.evaluation.seed)
     source = TaskSource(
         entries, cluster.host, seed=config.seed, held_out=frozenset(held_out), counter=next_counter(ledger)
