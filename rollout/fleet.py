@@ -177,8 +177,8 @@ class Fleet:
             member.state = WorkerState.STALE
             try:
                 await self._catch_up(member)
-            except (WorkerLost, WeightSyncError) as error:
-                member.state, member.last_error = WorkerState.LOST, str(error)
+            except Exception as error:  # actor supervision: whatever a new life raises costs one of its restarts
+                member.state, member.last_error = WorkerState.LOST, f"{type(error).__name__}: {error}"
                 continue
             async with self._changed:
                 member.state, member.last_seen_s = WorkerState.HEALTHY, self._clock()

@@ -1,0 +1,144 @@
+"""Workers that die or come back empty-handed, seen by the fleet and by an evaluation. No process is needed for that."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from envs.task import Task
+from policy.engine import EngineStats
+from policy.weight_store import WeightSyncError
+from rl.evaluate import evaluate
+from rollout.fleet import MAX_RESTARTS, Fleet, FleetError
+from rollout.lease import Lease, NotReady, WorkerLost, WorkerStatus
+from rollout.trajectory import Trajectory, TrajectoryGroup
+from tests.trajectories import make_trajectory
+
+TASKS = [Task(task_id=f"eval/x/{i}", env_id="X-v0", env_name="x", seed=i) for i in range(6)]
+
+
+class FakeWorker:
+    """A `WorkerClient` that answers at once and raises what a test puts into `faults` {call: exception}."""
+
+    def __init__(self, name: str, **faults: Exception) -> None:
+        self.name = name
+        self.version = -1
+        self.faults = faults
+        self.log: list[str] = []
+
+    def _enter(self, call: str) -> None:
+        self.log.append(call)
+        if call in self.faults:
+            raise self.faults[call]
+
+    async def load_weights(self, snapshot: Any) -> int:
+        self._enter("load_weights")
+        self.version = snapshot
+        return snapshot
+
+    async def pin(self, version: int) -> None:
+        self._enter("pin")
+
+    async def evaluate(self, tasks: Sequence[Task], temperature: float, label: str) -> list[Trajectory]:
+        self._enter("evaluate")
+        await asyncio.sleep(0.01)
+        self.log.append("evaluated")
+        return [replace(make_trajectory(version=3), task=task) for task in tasks]
+
+    async def status(self) -> WorkerStatus:
+        self._enter("status")
+        engine = EngineStats()
+        return WorkerStatus(name=self.name, policy_version=self.version, groups=0, episodes=0, engine=engine, pid=1)
+
+    async def run_lease(self, lease: Lease) -> TrajectoryGroup:
+        raise WorkerLost(self.name)
+
+    async def restart(self) -> None:
+        self.log.append("restart")
+
+    async def close(self) -> None:
+        self.log.append("close")
+
+
+def fleet_of(*workers: FakeWorker) -> tuple[Fleet, list[str]]:
+    """A fleet, and the kinds of events it tells."""
+    events: list[str] = []
+    fleet = Fleet(workers, heartbeat_s=1.0, restart_timeout_s=1.0, on_event=lambda kind, **_: events.append(kind))
+    return fleet, events
+
+
+def run(coroutine: Any) -> Any:
+    return asyncio.run(asyncio.wait_for(coroutine, 10))
+
+
+def test_a_worker_that_came_back_without_weights_serves_nothing_before_it_has_them() -> None:
+    async def scene() -> None:
+        worker = FakeWorker("w")
+        fleet, events = fleet_of(worker)
+        await fleet.push(3, 3)
+        worker.version = -1  # a new process under the same name, which never failed a call
+        await fleet.beat()
+        member = await fleet.choose(3, deadline_s=5)
+        assert (member.version, worker.version, events) == (3, 3, ["worker_lost", "worker_restarted"])
+
+    run(scene())
+
+
+def test_a_heartbeat_during_a_push_takes_no_worker_for_a_new_one() -> None:
+    async def scene() -> None:
+        worker = FakeWorker("w")
+        fleet, events = fleet_of(worker)
+        await fleet.push(3, 3)
+        await asyncio.gather(fleet.beat(), fleet.push(4, 4), fleet.beat())
+        await fleet.beat()
+        assert (fleet.members[0].version, events) == (4, [])
+
+    run(scene())
+
+
+@pytest.mark.parametrize("fault", [WeightSyncError("'x' is missing"), WorkerLost("died"), TimeoutError("swap")])
+def test_a_worker_that_never_takes_weights_again_is_retired_and_the_last_one_ends_the_run(fault: Exception) -> None:
+    async def scene() -> None:
+        worker = FakeWorker("w")
+        fleet, events = fleet_of(worker)
+        await fleet.push(3, 3)
+        worker.faults["load_weights"] = fault
+        await fleet.lost(fleet.members[0], "killed")
+        with pytest.raises(FleetError, match=rf"every worker used up its restarts: w retired .*{fault}"):
+            await fleet.choose(3, deadline_s=5)
+        assert events == ["worker_lost", "worker_retired"] and fleet.num_restarts == MAX_RESTARTS
+
+    run(scene())
+
+
+def test_an_evaluation_goes_on_without_a_worker_that_cannot_be_pinned() -> None:
+    async def scene() -> None:
+        good, lost = FakeWorker("good"), FakeWorker("lost", pin=WorkerLost("died"))
+        evaluation, trajectories = await evaluate([lost, good], TASKS, version=3, step=7, temperature=1.0)
+        assert evaluation.n == len(trajectories) == 6
+        assert {t.task.task_id for t in trajectories} == {task.task_id for task in TASKS}
+        assert (good.log, lost.log) == (["pin", "evaluate", "evaluated"], ["pin"])
+
+    run(scene())
+
+
+def test_an_evaluation_that_loses_a_worker_fails_after_the_others_let_go_of_their_pins() -> None:
+    async def scene() -> None:
+        good, lost = FakeWorker("good"), FakeWorker("lost", evaluate=WorkerLost("died"))
+        with pytest.raises(WorkerLost, match="died"):
+            await evaluate([lost, good], TASKS, version=3, step=7, temperature=1.0)
+        assert good.log[-1] == "evaluated"
+
+    run(scene())
+
+
+def test_an_evaluation_that_nobody_can_run_says_why() -> None:
+    async def scene() -> None:
+        with pytest.raises(WorkerLost, match="died"):
+            await evaluate([FakeWorker("w", pin=WorkerLost("died"))], TASKS, version=3, step=7, temperature=1.0)
+        with pytest.raises(NotReady, match="no worker serves version 3"):
+            await evaluate([], TASKS, version=3, step=7, temperature=1.0)
+
+    run(scene())
