@@ -24,6 +24,7 @@ from policy.engine import CachePolicy, Completion, GenerationRequest
 from policy.local_engine import LocalEngine
 from policy.weight_store import PolicySnapshot, WeightSyncError
 from rl.cli import main
+from rl.json_lines import JsonLines
 from rl.learner import SelfCheckError
 from rl.learner_service import build_learner
 from rl.run_folder import RunFolder
@@ -334,6 +335,12 @@ def test_a_disk_that_fills_up_fails_the_run_which_resumes_later(
     assert audit["balanced"] is True and audit["consumed"] == 2 * (stopped_at + 3)
     consumed = [r.trajectory.trajectory_id for r in rows_of(folder) if r.status == "consumed" and r.step]
     assert len(consumed) == len(set(consumed)) == 8 * (stopped_at + 3)
+
+
+def test_a_metrics_file_that_cannot_grow_is_named(tmp_path: Path) -> None:
+    file = JsonLines(tmp_path / "metrics.jsonl")
+    with file_size_limit(1000), pytest.raises(OSError, match=r"File too large: .*/metrics\.jsonl"):
+        file.append({"text": "x" * 2000})
 
 
 # --- weights that workers refuse, engines that lie
