@@ -278,7 +278,7 @@ class Controller:
                 self._monitor.event("evaluation_failed", step=step, attempt=attempt, error=str(error))
                 if edge and attempt == 2:
                     raise
-                await self.fleet.beat()  # or a dead worker would be chosen again at once
+                await self.fleet.find_dead(error)  # or it would be chosen again at once
         else:
             return
         self._monitor.span("push", "evaluate", start_s, self._clock())

@@ -38,9 +38,9 @@ async def answer(call: Awaitable[T], *, who: str, deadline_s: float) -> T:
     try:
         return await asyncio.wait_for(call, deadline_s)
     except TimeoutError:
-        raise WorkerLost(f"{who} did not answer in {deadline_s:.0f} s") from None
+        raise WorkerLost(f"{who} did not answer in {deadline_s:.0f} s", worker=who) from None
     except LOST as error:
-        raise WorkerLost(f"{who}: {type(error).__name__}: {error}") from error
+        raise WorkerLost(f"{who}: {type(error).__name__}: {error}", worker=who) from error
     except RayTaskError as error:
         raise (error.cause if isinstance(error.cause, Exception) else error) from error
 

@@ -158,6 +158,13 @@ class Fleet:
         self._recoveries.add(task)
         task.add_done_callback(self._recoveries.discard)
 
+    async def find_dead(self, error: Exception) -> None:
+        """A call outside of leases failed: take whoever it names, or is dead when asked, out of service."""
+        for member in self.members:
+            if isinstance(error, WorkerLost) and member.name == error.worker:
+                await self.lost(member, str(error))
+        await self.beat()
+
     async def _recover(self, member: Member) -> None:
         pause_s = 0.2
         while member.restarts < MAX_RESTARTS:

@@ -16,6 +16,11 @@ class NotReady(RuntimeError):
 class WorkerLost(RuntimeError):
     """Raised by a worker client when the worker's process died or does not answer; its leases are given out again."""
 
+    def __init__(self, message: str, *, worker: str = "") -> None:
+        """`worker`: its name."""
+        super().__init__(message)
+        self.worker = worker
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lease:

@@ -1,19 +1,27 @@
 """Workers that die or come back empty-handed, seen by the fleet and by an evaluation. No process is needed for that."""
 
 import asyncio
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from conf.schema import TrainConfig
+from envs.outcome import EnvHost
 from envs.task import Task
 from policy.engine import EngineStats
 from policy.weight_store import WeightSyncError
 from rl.evaluate import evaluate
-from rollout.fleet import MAX_RESTARTS, Fleet, FleetError
+from rollout.fleet import MAX_RESTARTS, Fleet, FleetError, WorkerState
 from rollout.lease import Lease, NotReady, WorkerLost, WorkerStatus
+from rollout.renderer import make_renderer
 from rollout.trajectory import Trajectory, TrajectoryGroup
+from rollout.worker import RolloutWorker
+from tests.fakes import ScriptedEngine
+from tests.training import small_config, sometimes_right, train_in_process
 from tests.trajectories import make_trajectory
 
 TASKS = [Task(task_id=f"eval/x/{i}", env_id="X-v0", env_name="x", seed=i) for i in range(6)]
@@ -86,6 +94,20 @@ def test_a_worker_that_came_back_without_weights_serves_nothing_before_it_has_th
     run(scene())
 
 
+def test_a_worker_that_an_evaluation_lost_is_not_chosen_before_it_is_back() -> None:
+    async def scene() -> None:
+        dead, good = FakeWorker("dead"), FakeWorker("good")
+        fleet, events = fleet_of(dead, good)
+        await fleet.push(3, 3)
+        dead.faults["status"] = WorkerLost("restarting")
+        await fleet.find_dead(WorkerLost("dead died", worker="dead"))
+        assert [m.name for m in fleet.members if m.state == WorkerState.HEALTHY] == ["good"]
+        assert events == ["worker_lost"]
+        await fleet.close()
+
+    run(scene())
+
+
 def test_a_heartbeat_during_a_push_takes_no_worker_for_a_new_one() -> None:
     async def scene() -> None:
         worker = FakeWorker("w")
@@ -142,3 +164,28 @@ def test_an_evaluation_that_nobody_can_run_says_why() -> None:
             await evaluate([], TASKS, version=3, step=7, temperature=1.0)
 
     run(scene())
+
+
+class LostOnce(RolloutWorker):
+    """Dies in its first evaluation."""
+
+    _lost = False
+
+    async def evaluate(self, tasks: Sequence[Task], temperature: float, label: str) -> list[Trajectory]:
+        found = await super().evaluate(tasks, temperature, label)
+        if not self._lost:
+            self._lost = True
+            raise WorkerLost("died while it evaluated", worker=self.name)
+        return found
+
+
+def test_a_run_outlives_a_worker_that_dies_in_the_first_evaluation(tmp_path: Path) -> None:
+    def build(config: TrainConfig, name: str, host: EnvHost) -> RolloutWorker:
+        engine, renderer = ScriptedEngine(sometimes_right), make_renderer(config.policy)
+        return LostOnce(name, engine=engine, renderer=renderer, host=host, config=config.rollout, seed=config.seed)
+
+    config = small_config(tmp_path, "steps=2", "learner.self_check_tolerance=1e9")
+    finished = train_in_process(config, build=build)
+    assert [(e.step, e.n) for e in finished.controller.progress.evaluations] == [(0, 4), (2, 4)]
+    kinds = [json.loads(line)["kind"] for line in finished.folder.events.read_text().splitlines()]
+    assert kinds == ["evaluation_failed", "worker_lost", "worker_restarted", "checkpoint"]
