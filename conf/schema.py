@@ -250,7 +250,7 @@ class RunConfig:
 class SftConfig:
     """Warm start on demonstrations (`shoal sft`)."""
 
-    steps: int = 420
+    steps: int = 600
     """Optimizer steps."""
     batch_size: int = 64
     """Demonstrations of one step."""
@@ -270,7 +270,7 @@ class TrainConfig:
 
     seed: int = 1
     """Of the tasks, of sampling and of random weights."""
-    steps: int = 90
+    steps: int = 100
     """Optimizer steps (learner steps) of the run."""
     dry_run: bool = False
     """Validate, print the resolved config, start nothing."""
