@@ -83,7 +83,9 @@ def _guarded(run: Callable[[Namespace], int], args: Namespace) -> int:
         if code is None:
             traceback.print_exc()
             return 1
-        print(f"shoal: {' '.join(str(error).split())}", file=sys.stderr)
+        from rl.progress import visible
+
+        print(f"shoal: {visible(' '.join(str(error).split()))}", file=sys.stderr)  # it may quote an environment
         return code
 
 

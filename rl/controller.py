@@ -228,7 +228,8 @@ class Controller:
             return take.result()
         except TimeoutError as error:
             workers = "; ".join(self.fleet.describe())
-            raise RunStalled(f"{error}; {self.scheduler.num_alive} groups are out; {workers}") from error
+            lost = self.scheduler.last_problem and f"; the last group was dropped for {self.scheduler.last_problem}"
+            raise RunStalled(f"{error}; {self.scheduler.num_alive} groups are out; {workers}{lost}") from error
         finally:
             for task in (take, stop):
                 task.cancel()

@@ -91,9 +91,10 @@ class Monitor:
         found["ci95_low"], found["ci95_high"] = found.pop("ci95")
         self._write("evaluation", step, version, {f"eval/{name}": value for name, value in (found | facts).items()})
         low, high = evaluation.ci95
+        failed = f", {evaluation.errors} episodes failed" if evaluation.errors else ""
         self.say(
             f"evaluation at step {evaluation.step}: success {evaluation.success:.3f} "
-            f"(95% {low:.3f} to {high:.3f}, n={evaluation.n}, policy version {evaluation.policy_version})"
+            f"(95% {low:.3f} to {high:.3f}, n={evaluation.n}, policy version {evaluation.policy_version}{failed})"
         )
 
     def event(self, kind: str, **fields: Any) -> None:

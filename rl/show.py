@@ -245,12 +245,12 @@ def _print_trajectory(console: Console, stored: StoredTrajectory) -> None:
     trajectory = stored.trajectory
     fate = stored.status + (f" ({stored.cause})" if stored.cause else "")
     fate += f" at step {stored.step}" if stored.step is not None else ""
-    console.print(Text(f"{trajectory.trajectory_id}  row {stored.row}  level {trajectory.task.level}  {fate}"))
+    console.print(Text(visible(f"{trajectory.trajectory_id}  row {stored.row}  level {trajectory.task.level}  {fate}")))
     for message in trajectory.prompt:
         _print_message(console, message)
     for number, turn in enumerate(trajectory.turns, start=1):
-        versions = trajectory.policy_versions[turn.start : turn.end]
-        span = f"{versions.min()}" if versions.min() == versions.max() else f"{versions.min()} to {versions.max()}"
+        versions = sorted(set(trajectory.policy_versions[turn.start : turn.end].tolist()))
+        span = " to ".join(str(version) for version in versions[:1] + versions[1:][-1:]) or "none"
         console.print(
             Text(
                 f"- turn {number}: {turn.end - turn.start} tokens by policy version {span}, {turn.finish_reason}, "

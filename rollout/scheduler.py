@@ -91,6 +91,8 @@ class Scheduler:
         self.published_version = -1
         self._published_step = 0
         self.counters = RolloutCounters()
+        self.last_problem = ""
+        """Why the last dropped group was dropped, in words; "" before."""
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Set to the first exception of a group task: the controller waits on it beside its own work."""
 
@@ -228,12 +230,13 @@ class Scheduler:
         await self._buffer.drop(group_id)
         self.counters.dropped += 1
         self._on_event("dropped", group=group_id, reason=reason, cause=cause, error=problem)
+        self.last_problem = f"{cause}: {problem}"
         self._recently_dropped.append(True)
         if sum(self._recently_dropped) > WATCHED_GROUPS // 2:
             shown = "; shoal show RUN --traj ID prints the episode and its traceback" if group is not None else ""
             raise GroupsFailing(
                 f"{sum(self._recently_dropped)} of the last {len(self._recently_dropped)} groups could not be trained "
-                f"on, the last for {cause}: {problem}{shown}"
+                f"on, the last for {self.last_problem}{shown}"
             )
         self._wake.set()
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from conf.schema import TrainConfig
+from envs.message import Message
 from envs.outcome import EnvHost
 from envs.task_source import make_task
 from policy.engine import CachePolicy, Completion, GenerationRequest
@@ -30,14 +31,15 @@ from rl.learner_service import build_learner
 from rl.run_folder import RunFolder
 from rl.train import task_entries
 from rollout.ledger import read_audit
-from rollout.recorder import StoredTrajectory, TrajectoryReader
+from rollout.recorder import Recorder, StoredTrajectory, TrajectoryReader
 from rollout.renderer import make_renderer
 from rollout.scheduler import GroupsFailing
-from rollout.trajectory import StopReason
+from rollout.trajectory import StopReason, Turn
 from rollout.worker import RolloutWorker, build_engine
 from tests.failing_envs import answers, answers_longer_for_larger_numbers
 from tests.fakes import Script, ScriptedEngine
 from tests.training import SMALL, Run, small_config, train_in_process
+from tests.trajectories import make_group, make_trajectory
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOSE = "learner.self_check_tolerance=1e9"  # a scripted engine has no true logprobs
@@ -229,6 +231,21 @@ def test_show_prints_the_authors_traceback_of_a_failed_episode(
         assert part in out
     code, out, _ = cli(capsys, "show", str(fragile.folder.path), "--traj", row.trajectory.trajectory_id, "--json")
     assert "SystemExit: 3" in json.loads(out.splitlines()[-1])["error"]["traceback"]
+
+
+def test_show_prints_an_episode_that_ended_before_its_first_token_and_escapes_what_failed_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder.create(tmp_path, "x", "y", "silent")
+    empty = Turn(start=4, end=4, message=Message.assistant(""), finish_reason="deadline")
+    silent = dataclasses.replace(make_trajectory(None, stop_reason=StopReason.ENV_ERROR), turns=(empty,))
+    recorder = Recorder(folder.trajectories)
+    recorder.write([make_group([silent])])
+    recorder.mark_dropped(["g"], "env_error: \x1b[31mred")
+    recorder.close()
+    code, out, _ = cli(capsys, "show", str(folder.path), "--traj", "1")
+    assert code == 0 and "0 tokens by policy version none, deadline" in out
+    assert "\\x1b[31mred" in out and "\x1b" not in out
 
 
 # --- runs that fail
