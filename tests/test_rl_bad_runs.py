@@ -22,6 +22,7 @@ from envs.message import Message
 from envs.outcome import EnvHost
 from envs.task_source import make_task
 from policy.engine import CachePolicy, Completion, GenerationRequest
+from policy.hf_model import load_policy_model
 from policy.local_engine import LocalEngine
 from policy.weight_store import PolicySnapshot, WeightSyncError
 from rl.cli import main
@@ -35,7 +36,7 @@ from rollout.recorder import Recorder, StoredTrajectory, TrajectoryReader
 from rollout.renderer import make_renderer
 from rollout.scheduler import GroupsFailing
 from rollout.trajectory import StopReason, Turn
-from rollout.worker import RolloutWorker, build_engine
+from rollout.worker import RolloutWorker
 from tests.failing_envs import answers, answers_longer_for_larger_numbers
 from tests.fakes import Script, ScriptedEngine
 from tests.training import SMALL, Run, small_config, train_in_process
@@ -422,8 +423,7 @@ class Biased(LocalEngine):
 
 def test_an_engine_whose_logprobs_are_off_stops_the_run_before_the_first_update(tmp_path: Path) -> None:
     def build(config: TrainConfig, name: str, host: EnvHost) -> RolloutWorker:
-        engine = build_engine(config)
-        engine.__class__ = Biased  # the configured engine with one lie
+        engine = Biased(load_policy_model(config.policy, seed=config.seed), config.engine)
         return with_engine(engine, config, name, host)
 
     config = small_config(tmp_path, "steps=3", "rollout.max_turn_tokens=4")
