@@ -1,4 +1,4 @@
-"""Pools of environments as Ray actors. All logic is in `envs.client` and `envs.call_batching`; here is only the transport."""
+"""Pools of environments as Ray actors: the transport alone; the logic is in `envs.client` and `envs.call_batching`."""
 
 import logging
 import sys
@@ -9,9 +9,9 @@ from uuid import uuid4
 
 from ray.exceptions import RayError
 
+from envs.call_batching import Delivery, Mailbox, Request
 from envs.client import MailboxHost, PoolService
 from envs.errors import HostLost
-from envs.call_batching import Delivery, Mailbox, Request
 
 Result = TypeVar("Result")
 

@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from envs.errors import HostLost
 from envs.call_batching import Delivery, Mailbox, MailboxServer, Request
+from envs.errors import HostLost
 from envs.message import Message
 from envs.outcome import EnvFailure, ResetOutcome, StepOutcome
 from envs.pool import DIGESTS_AT_ONCE, EnvPool

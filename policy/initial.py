@@ -13,7 +13,7 @@ SHIPPED = Path(__file__).parent / "weights"
 
 
 def initial_weights_file(config: PolicyConfig, env_name: str) -> Path | None:
-    """The file a run's weights are read from; None where the model already has its own (random, or those of a checkpoint folder).
+    """The file a run's weights are read from; None where the model has its own: random, or those of its folder.
 
     Raises ValueError naming what is missing and the command that makes it.
     """

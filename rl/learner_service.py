@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from policy.hf_model import load_policy_model
 
 from conf.schema import TrainConfig
+from policy.hf_model import load_policy_model
 from policy.initial import load_initial_weights
 from policy.local_engine import LOGPROB_TOLERANCE
 from policy.weight_store import PolicySnapshot

@@ -10,12 +10,11 @@ import asyncio
 import os
 from collections.abc import Sequence
 
-from policy.hf_model import load_policy_model
-
 from conf.schema import RolloutConfig, TrainConfig
 from envs.outcome import EnvHost
 from envs.task import Task
 from policy.engine import CachePolicy, Engine
+from policy.hf_model import load_policy_model
 from policy.local_engine import LocalEngine
 from policy.weight_store import PolicySnapshot
 from rollout.episode import EpisodeSettings, run_episode
@@ -25,7 +24,6 @@ from rollout.lease import Lease, NotReady, WorkerStatus
 from rollout.lock import RolloutLock
 from rollout.renderer import Renderer, make_renderer
 from rollout.trajectory import Trajectory, TrajectoryGroup
-
 
 SCORE_GRACE_S = 30.0
 """How far an answer may lag behind the pool's own reward deadline."""

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from envs.base import call, say
+from envs.call_batching import Delivery, Mailbox, MailboxServer, Request
 from envs.client import MailboxHost, PoolService
 from envs.errors import HostLost
-from envs.call_batching import Delivery, Mailbox, MailboxServer, Request
 from envs.task import Task
 
 TASK = Task(task_id="t", env_id="Calculator-v0", env_name="e", seed=1)

@@ -28,7 +28,7 @@ SHAPE = {
 }  # fmt: skip
 LINEAR = {
     "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 1, "linear_num_value_heads": 2,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 4, "layer_types": ["linear_attention"] * 3 + ["full_attention"],
 }  # fmt: skip
 WORDS = (
     "env=calculator", "cluster=inprocess", "steps=2", "rollout.groups_per_step=2", "rollout.group_size=3",
@@ -61,7 +61,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     config = (
         Qwen3Config(**SHAPE, **ends, num_hidden_layers=2)
         if request.param == "qwen3"
-        else Qwen3_5TextConfig(**SHAPE, **ends, **LINEAR, full_attention_interval=4)
+        else Qwen3_5TextConfig(**SHAPE, **ends, **LINEAR)
     )
     set_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
