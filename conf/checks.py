@@ -30,6 +30,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rollout.cache_policy": ("keep", "recompute"),
     "learner.optimizer.schedule": ("constant", "cosine"),
     "learner.loss.normalise": ("token", "sequence", "horizon"),
+    "learner.loss.anchor": ("rollout", "proximal"),
     "cluster.kind": ("ray", "inprocess"),
     "monitor.wandb": ("offline", "online", "disabled"),
 }

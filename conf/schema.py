@@ -147,14 +147,16 @@ class LossConfig:
     """"grpo" | "dr_grpo" or an import path "module:function"."""
     name: str = "clipped"
     """"clipped" | "gspo" or an import path "module:function"."""
+    anchor: str = "rollout"
+    """"rollout" | "proximal": the policy that the ratio of loss "clipped" is taken to and clipped around."""
     normalise: str = "token"
     """"token" (all sampled tokens of the step) | "sequence" (mean of per-trajectory means) | "horizon" (Dr. GRPO)."""
     clip_low: float = 0.2
-    """The ratio to the proximal policy is clipped at 1 - clip_low ..."""
+    """The ratio to the anchor is clipped at 1 - clip_low ..."""
     clip_high: float = 0.28
     """... and at 1 + clip_high."""
     tis_cap: float = 2.0
-    """Truncated importance weight of the proximal against the rollout policy; 0 = off (weight 1)."""
+    """Largest importance weight against the rollout policy; 0 = off."""
     entropy_bonus: float = 0.0
     """Weight of the policy's entropy, which is raised; 0 = off."""
 

@@ -6,6 +6,7 @@ The loss is a sum over tokens, each times its share of one denominator that was 
 before it was cut into micro-batches. So neither the cut nor the order can change the gradient (pitfalls A10).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -50,20 +51,31 @@ MAX_LOG_RATIO = 20.0
 
 
 def clipped(inputs: LossInputs, config: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """Decoupled PPO with truncated importance weights, token by token.
+    """PPO with truncated importance weights, token by token. `anchor` names the policy that the clip measures from.
 
-        r = pi_theta / pi_prox,  w = min(pi_prox / mu, tis_cap) (a constant; 1 where tis_cap is 0)
-        loss = sum_t weight_t * w_t * -min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t)
+    anchor="rollout": the importance weight of a stale token is itself clipped, so that what the learner has already
+    moved by is not moved again; it is truncated at tis_cap where the clip does not bind (A < 0).
+        r = min(pi_theta / mu, tis_cap),  w = 1
+    anchor="proximal": decoupled PPO. With one update a step r is 1 and the clip never acts: staleness is then left to
+    w alone, which was less stable at staleness 2 (docs/log.md).
+        r = pi_theta / pi_prox,  w = min(pi_prox / mu, tis_cap) (a constant)
 
-    Source: PPO clip arXiv 1707.06347 eq. 7; behaviour and proximal policy apart: AReaL, arXiv 2505.24298 section 5.2;
-    higher upper clip: DAPO, arXiv 2503.14476 section 3.1. Ours differs from AReaL in truncating w (it is not masked).
+        loss = sum_t weight_t * w_t * -min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t);  tis_cap = 0: no cap
+
+    Source: PPO clip arXiv 1707.06347 eq. 7; the cap for A < 0: dual clip, arXiv 1912.09729 eq. 5; behaviour and
+    proximal policy apart: AReaL, arXiv 2505.24298 section 5.2 (which masks large w, we truncate); higher upper clip:
+    DAPO, arXiv 2503.14476 section 3.1.
 
     Example: A=1, all logprobs equal, weights 1 -> loss -1 per token.
     """
-    log_ratio = (inputs.logprobs - inputs.proximal_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    ratio = log_ratio.exp()
+    if config.anchor == "rollout":
+        log_ratio = (inputs.logprobs - inputs.rollout_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        ratio, correction = _truncated(log_ratio, config.tis_cap or math.inf), 1.0
+    else:
+        log_ratio = (inputs.logprobs - inputs.proximal_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        ratio = log_ratio.exp()
+        correction = _truncated(inputs.proximal_logprobs - inputs.rollout_logprobs, config.tis_cap)
     surrogate, is_clipped = _pessimistic(ratio, inputs.advantages, config)
-    correction = _truncated(inputs.proximal_logprobs - inputs.rollout_logprobs, config.tis_cap)
     loss = -(inputs.weights * correction * surrogate).sum()
     return loss, {"clip_fraction": is_clipped.sum(), "kl": _k3(log_ratio).sum()}
 
@@ -109,6 +121,6 @@ def _truncated(log_weight: Tensor, cap: float) -> Tensor:
 
 
 def _k3(log_ratio: Tensor) -> Tensor:
-    """Estimate of KL(prox || theta) per token from samples of prox: r - 1 - log r, never negative."""
+    """Estimate of KL(anchor || theta) per token from samples of the anchor: r - 1 - log r, never negative."""
     log_ratio = log_ratio.detach()
     return log_ratio.exp() - 1 - log_ratio

@@ -9,7 +9,8 @@ import torch
 from conf.schema import LossConfig
 from rl.loss import LossInputs, clipped, entropy_loss, gspo
 
-NO_CORRECTION = LossConfig(tis_cap=0)
+DECOUPLED = LossConfig(anchor="proximal")
+NO_CORRECTION = LossConfig(anchor="proximal", tis_cap=0)
 
 
 def inputs(
@@ -64,9 +65,23 @@ def test_kl_is_the_k3_estimate_per_token() -> None:
 
 def test_the_importance_weight_scales_is_truncated_and_has_no_gradient() -> None:
     given = inputs([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], rollout_ratios=[0.5, 1.5, 7.0])
-    assert gradient(clipped(given, LossConfig(tis_cap=2.0))[0], given) == pytest.approx([-0.5, -1.5, -2.0])
+    assert gradient(clipped(given, DECOUPLED)[0], given) == pytest.approx([-0.5, -1.5, -2.0])
     given = inputs([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], rollout_ratios=[0.5, 1.5, 7.0])
     assert gradient(clipped(given, NO_CORRECTION)[0], given) == pytest.approx([-1.0, -1.0, -1.0])
+
+
+def test_anchored_at_the_rollout_stale_tokens_are_clipped_by_what_was_learned_since() -> None:
+    # theta / mu = 1.5, 1.1, 1.5, 7 with one update a step (theta = prox): clipped, free, A < 0 free, A < 0 over the cap
+    given = inputs([1.0] * 4, [1.0, 1.0, -1.0, -1.0], rollout_ratios=[1.5, 1.1, 1.5, 7.0])
+    loss, metrics = clipped(given, LossConfig(tis_cap=2.0))
+    assert float(loss.detach()) == pytest.approx(-1.28 - 1.1 + 1.5 + 2.0)
+    assert gradient(loss, given) == pytest.approx([0.0, -1.1, 1.5, 0.0])
+    assert float(metrics["clip_fraction"]) == 1.0
+
+
+def test_both_anchors_push_alike_where_nothing_is_stale() -> None:
+    given, same = inputs([1.0, 1.0], [2.0, -3.0]), inputs([1.0, 1.0], [2.0, -3.0])
+    assert gradient(clipped(given, LossConfig())[0], given) == gradient(clipped(same, DECOUPLED)[0], same)
 
 
 def test_every_token_counts_by_its_weight() -> None:
