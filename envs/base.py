@@ -42,7 +42,7 @@ from envs.errors import BadArguments, BadReward, MalformedEnvironment
 from envs.message import ImagePart, Message, TextPart, ToolCall, ToolResult, ToolSpec
 from envs.space import ActionSpace, ObservationSpace
 from envs.task import Problem
-from envs.tool import Tool, as_text, bind_tools
+from envs.tool import Tool, as_content, bind_tools
 from envs.worker_thread import WorkerThread, run_sync
 
 logger = logging.getLogger(__name__)
@@ -203,7 +203,7 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
             raise TypeError(f"an action is an assistant Message, not {message!r:.{_SHOWN_CHARS}}")
         self._num_turns += 1
         if message.tool_calls:
-            replies = tuple([Message.tool(await self._answer_call(i, c)) for i, c in enumerate(message.tool_calls)])
+            replies = tuple([await self._answer_call(i, c) for i, c in enumerate(message.tool_calls)])
         else:
             reply = await self.run_author(self.on_message, message.text)
             if reply is None:
@@ -261,47 +261,48 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
         assert self._thread is not None
         return self._thread
 
-    async def _answer_call(self, index: int, tool_call: ToolCall) -> ToolResult:
+    async def _answer_call(self, index: int, tool_call: ToolCall) -> Message:
         started = time.monotonic()
-        content, error = await self._run_call(index, tool_call)
+        content, images, error = await self._run_call(index, tool_call)
         # Invented names are counted together: a policy can make up any number of them.
         self._calls[tool_call.name if tool_call.name in self._tools else "unknown"] += 1
         self._num_tool_errors += error is not None
         cut = len(content) - self.max_result_chars
         if cut > 0:
             content = f"{content[: self.max_result_chars]} (truncated {cut} chars)"
-        return ToolResult(
+        result = ToolResult(
             call_id=tool_call.call_id or str(index),
             name=tool_call.name,
             content=content,
             error=error,
             seconds=time.monotonic() - started,
         )
+        return Message.tool(result, images)
 
-    async def _run_call(self, index: int, tool_call: ToolCall) -> tuple[str, str | None]:
-        """Content and kind of error of one call. Error texts are short and stable: policies learn from them."""
+    async def _run_call(self, index: int, tool_call: ToolCall) -> tuple[str, tuple[ImagePart, ...], str | None]:
+        """Text, images and kind of error of one call. Error texts are short and stable: policies learn from them."""
         if index >= MAX_CALLS:
-            return "error: too many calls", "malformed"
+            return "error: too many calls", (), "malformed"
         if tool_call.error is not None:
-            return f"error: {tool_call.error[:_SHOWN_CHARS]}", "malformed"
+            return f"error: {tool_call.error[:_SHOWN_CHARS]}", (), "malformed"
         found = self._tools.get(tool_call.name)
         if found is None:
-            return "error: unknown tool", "unknown_tool"
+            return "error: unknown tool", (), "unknown_tool"
         try:
             arguments = found.parse(tool_call.arguments)
         except BadArguments as error:
-            return f"error: {error}", "bad_arguments"
+            return f"error: {error}", (), "bad_arguments"
         await self._wait_latency()
         limit = asyncio.timeout(found.options.timeout_s or self.tool_timeout_s)
         try:
             async with limit:
                 bound = functools.partial(found.function, **arguments)
-                return as_text(await self.run_author(bound, inline=found.options.inline)), None
+                return *as_content(await self.run_author(bound, inline=found.options.inline)), None
         except Exception as error:  # a tool may refuse by raising, as sqlite3 does: the policy reads why
             if limit.expired():
-                return "error: timed out", "timeout"
+                return "error: timed out", (), "timeout"
             logger.debug("tool %s raised", tool_call.name, exc_info=True)
-            return f"error: {str(error)[:_SHOWN_CHARS] or type(error).__name__}", "tool_error"
+            return f"error: {str(error)[:_SHOWN_CHARS] or type(error).__name__}", (), "tool_error"
 
     async def _wait_latency(self) -> None:
         if self.latency_median_s > 0:

@@ -77,7 +77,7 @@ class Message:
     tool_calls: tuple[ToolCall, ...] = ()
     """Calls of an assistant message, in the order they were made."""
     tool_result: ToolResult | None = None
-    """Set on messages of role "tool" only; `content` then holds the same text."""
+    """Set on messages of role "tool" only; `content` then holds the same text, and the images a tool returned."""
 
     @property
     def text(self) -> str:
@@ -96,5 +96,5 @@ class Message:
         return Message(role="assistant", content=(TextPart(text=text),) if text else (), tool_calls=tuple(calls))
 
     @staticmethod
-    def tool(result: ToolResult) -> "Message":
-        return Message(role="tool", content=(TextPart(text=result.content),), tool_result=result)
+    def tool(result: ToolResult, images: tuple[ImagePart, ...] = ()) -> "Message":
+        return Message(role="tool", content=(TextPart(text=result.content), *images), tool_result=result)

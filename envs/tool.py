@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic.errors import PydanticUserError
 
 from envs.errors import BadArguments, MalformedEnvironment
-from envs.message import ToolSpec
+from envs.message import ImagePart, ToolSpec
 
 _MARK = "shoal_tool_options"
 _SHOWN_NAME_CHARS = 32
@@ -119,11 +119,19 @@ def bind_tools(owner: object) -> dict[str, Tool]:
     return {t.spec.name: replace(t, function=getattr(owner, t.spec.name)) for t in tools_of_class(type(owner))}
 
 
-def as_text(value: Any) -> str:
-    """What a policy reads of a tool's return value: text as it is, everything else as compact JSON."""
+def as_content(value: Any) -> tuple[str, tuple[ImagePart, ...]]:
+    """What a policy is shown of a tool's return value: text as it is, images as images, the rest as compact JSON.
+
+    A list or tuple that holds an image is shown item by item, its texts one a line.
+    """
     if isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
+        return value, ()
+    if isinstance(value, ImagePart):
+        return "", (value,)
+    if isinstance(value, list | tuple) and any(isinstance(item, ImagePart) for item in value):
+        texts = [as_content(item)[0] for item in value if not isinstance(item, ImagePart)]
+        return "\n".join(texts), tuple(item for item in value if isinstance(item, ImagePart))
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str), ()
 
 
 def _arguments_model(name: str, parameters: list[inspect.Parameter], hints: dict[str, Any]) -> type[BaseModel]:

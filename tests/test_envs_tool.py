@@ -8,7 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from envs.errors import BadArguments, MalformedEnvironment
-from envs.tool import Tool, as_text, tools_of_class
+from envs.message import ImagePart
+from envs.tool import Tool, as_content, tools_of_class
 from tests.broken_envs import Doubling, UntypedTool
 
 
@@ -98,13 +99,19 @@ def test_tools_of_a_class_come_in_order_of_definition() -> None:
 
 
 def test_results_are_text_as_it_is_and_compact_json_else() -> None:
-    assert [as_text(v) for v in ("a b", 385, None, [1, "é"], {"a": True})] == [
+    assert [as_content(v)[0] for v in ("a b", 385, None, [1, "é"], {"a": True})] == [
         "a b",
         "385",
         "null",
         '[1,"é"]',
         '{"a":true}',
     ]
+
+
+def test_images_a_tool_returns_stay_images_beside_their_texts() -> None:
+    image = ImagePart(data=b"png")
+    assert as_content(image) == ("", (image,))
+    assert as_content(["page 1", image, 7, image]) == ("page 1\n7", (image, image))
 
 
 @settings(max_examples=200, deadline=None)
