@@ -51,6 +51,7 @@ Observation = tuple[Message, ...]
 Oracle = Generator[Message, Observation, None]
 """Yields assistant messages; what the environment replied comes back from `yield`."""
 
+_latency = random.Random()  # of its own: time is no part of a transcript, and tests seed the global one
 MAX_CALLS = 16
 """Calls of one assistant message that are run; the rest is refused."""
 _SHOWN_CHARS = 200
@@ -86,7 +87,8 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
     step_timeout_s: float = 30.0
     reward_timeout_s: float = 60.0
     latency_median_s: float = 0.0
-    """Simulated latency of each tool call, lognormal and seeded by the task; 0 = none. For benchmarks."""
+    """Simulated latency of each tool call, lognormal; 0 = none. For benchmarks. Calls wait independently of each other,
+    as calls of real services do: members of a group meet the same problem, not the same delay."""
     latency_sigma: float = 1.0
 
     observation_space = ObservationSpace()
@@ -172,7 +174,6 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
         problem = await self.run_author(self.task, random.Random(f"{self.seed}/{self.level}"), self.level)
         self.problem = Problem(prompt=problem) if isinstance(problem, str) else problem
         opening = _opening_messages(self)
-        self._latency_rng = random.Random(f"{self.seed}/{self.level}/latency")
         self._tools = self.tools()
         self._calls: Counter[str] = Counter()
         self._num_tool_errors = 0
@@ -307,7 +308,7 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
     async def _wait_latency(self) -> None:
         if self.latency_median_s > 0:
             mu = math.log(self.latency_median_s)
-            await asyncio.sleep(self._latency_rng.lognormvariate(mu, self.latency_sigma))
+            await asyncio.sleep(_latency.lognormvariate(mu, self.latency_sigma))
 
     def _digest(self, opening: Observation) -> str:
         owner = type(self)
