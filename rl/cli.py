@@ -6,11 +6,12 @@ Exit codes: 0 ok, 1 failed run or check, 2 bad usage or config, 130 interrupted 
 import os
 import sys
 import traceback
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 
-from conf.checks import ConfigError, nearest
+from conf.checks import ConfigError
+from rl.command import Command, CommandTable, run_words
+from rl.env_commands import ENV_COMMANDS
 from rl.usage import UsageError
 
 INTRODUCTION = """\
@@ -29,49 +30,16 @@ First steps:
 RUN_HELP = "an id, the unique beginning of one, a path, or 'latest'"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Command:
-    """One subcommand."""
-
-    summary: str
-    examples: str
-    arguments: Callable[[ArgumentParser], None]
-    run: Callable[[Namespace], int]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code and never shows a traceback for what a user typed."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # environments and losses beside the user, as with `python -m`
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help", "help"):
-        width = max(len(name) for name in COMMANDS)
-        listing = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
-        print(INTRODUCTION.format(commands=listing), end="")
-        return 0 if words else 2
-    name = words[0]
-    if name not in COMMANDS:
-        known = ", ".join(COMMANDS)
-        print(f"shoal: unknown command {name!r}.{nearest(name, COMMANDS, 0.5)} Commands: {known}", file=sys.stderr)
-        return 2
-    command = COMMANDS[name]
-    parser = ArgumentParser(
-        prog=f"shoal {name}",
-        description=command.summary,
-        epilog=f"examples:\n{command.examples}",
-        formatter_class=RawDescriptionHelpFormatter,
-    )
-    command.arguments(parser)
-    try:
-        args = parser.parse_args(words[1:]) if name == "bench" else parser.parse_intermixed_args(words[1:])
-    except SystemExit as stop:  # argparse has printed help (0) or what is wrong (2)
-        return int(stop.code or 0)
-    return _guarded(command.run, args)
+    return _guarded(list(sys.argv[1:] if argv is None else argv))
 
 
-def _guarded(run: Callable[[Namespace], int], args: Namespace) -> int:
+def _guarded(words: Sequence[str]) -> int:
     try:
-        return run(args)
+        return run_words("shoal", SHOAL, words)
     except BrokenPipeError:  # the reader of a pipe (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -200,17 +168,6 @@ def _show(args: Namespace) -> int:
     return show_trajectory(args.run, args.traj, root=args.root, as_json=args.json)
 
 
-def _env_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("action", choices=["list"])
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line of standard output")
-
-
-def _env(args: Namespace) -> int:
-    from rl.show import list_environments
-
-    return list_environments(as_json=args.json)
-
-
 def _bench_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="leave out to list them")
     parser.add_argument("rest", nargs="...", help="arguments of the benchmark, e.g. --json")
@@ -222,7 +179,7 @@ def _bench(args: Namespace) -> int:
     return run_benchmark(args.name, args.rest)
 
 
-COMMANDS: dict[str, Command] = {
+COMMANDS: dict[str, Command | CommandTable] = {
     "train": Command(
         summary="train a policy and evaluate it before, during and after",
         examples="  shoal train env=calculator seed=2\n"
@@ -260,19 +217,16 @@ COMMANDS: dict[str, Command] = {
         arguments=_show_arguments,
         run=_show,
     ),
-    "env": Command(
-        summary="list environments",
-        examples="  shoal env list\n  shoal env list --json",
-        arguments=_env_arguments,
-        run=_env,
-    ),
+    "env": ENV_COMMANDS,
     "bench": Command(
         summary="run a benchmark of the checkout",
         examples="  shoal bench\n  shoal bench async --json",
         arguments=_bench_arguments,
         run=_bench,
+        takes_rest=True,
     ),
 }
+SHOAL = CommandTable(summary="the command", introduction=INTRODUCTION, commands=COMMANDS)
 
 
 if __name__ == "__main__":

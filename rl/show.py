@@ -1,4 +1,4 @@
-"""`shoal ls`, `shoal show` and `shoal env list`: what run folders hold, for people and as JSON.
+"""`shoal ls` and `shoal show`: what run folders hold, for people and as JSON.
 
 Whatever a model or an environment wrote is hostile text: it is printed without markup and with control characters made
 visible, so that it can neither colour nor rewrite a terminal.
@@ -125,20 +125,6 @@ def show_trajectory(run: str, key: str, *, root: str = "runs", as_json: bool = F
         print(json.dumps(_trajectory_facts(stored)))
         return 0
     _print_trajectory(plain_console(), stored)
-    return 0
-
-
-def list_environments(*, as_json: bool = False) -> int:
-    """Ids that need no module: built-in ones and those of installed packages."""
-    from envs.registry import BUILT_IN, list_envs
-
-    rows = [{"id": env_id, "builtin": env_id in BUILT_IN} for env_id in list_envs()]
-    if as_json:
-        print(json.dumps({"envs": rows}))
-        return 0
-    for row in rows:
-        print(f"{row['id']:<24}{'built in' if row['builtin'] else 'from an installed package'}")
-    print("\nyour own: shoal train env=module:Id-v0")
     return 0
 
 
