@@ -37,8 +37,10 @@ class EnvConfig:
     mix: dict[str, MixEntry] = field(default_factory=dict)
     """Name -> entry; empty = the one environment above."""
     tool_cost: float = 0.0
-    """Learner-side cost of each tool call beyond the fewest among the group's correct trajectories. Taken only from
-    correct trajectories, never enough to make one worth less than a wrong one. 0 = off."""
+    """Learner-side price of tool calls beyond the fewest (by their declared costs, 1 each by default) among the group's
+    correct trajectories. Taken only from correct ones, never enough to make one worth less than a wrong one. 0 = off."""
+    tool_cost_below: float = 0.5
+    """The cost is taken only in easy groups: those whose share of wrong trajectories is below this; 1 = in all."""
     # --- advanced ---
     reset_timeout_s: float = 30.0
     """Deadline of making an environment, and again of its reset."""
@@ -46,6 +48,34 @@ class EnvConfig:
     """Deadline of one environment step, its tool calls included."""
     reward_timeout_s: float = 60.0
     """Deadline of the reward, which may be slow (an HTTP judge)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CurriculumConfig:
+    """Which levels and problems training tasks are drawn from. Rules: envs/curriculum.py."""
+
+    sampler: str = "fixed"
+    """"fixed" (env.level) | "uniform" (all levels alike) | "levels" (rises with success, from env.level on) | "pool"
+    (pool_size problems of env.level, those drawn most that are neither solved nor hopeless)."""
+    min_level: int = 0
+    """Lowest level that "uniform" and "levels" draw."""
+    max_level: int = 9
+    """Highest one."""
+    gate: str = "none"
+    """"none" | "zero_variance": groups of equal rewards are dropped and replaced before the learner sees them."""
+    # --- advanced ---
+    window: int = 10
+    """Groups, in the order of their dispatch, whose success decides whether the level changes."""
+    promote: float = 0.7
+    """Mean success of a window from which the next level is the frontier."""
+    demote: float = 0.1
+    """Mean success of a window down to which the level before is."""
+    floor: float = 0.05
+    """Share of tasks of "levels" drawn from all levels alike, so that none is out of sight."""
+    pool_size: int = 1000
+    """Problems of each environment that "pool" draws from."""
+    max_refill: float = 3.0
+    """Gated groups for each group of a step; past it groups pass the gate until the step is done (an event tells)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,6 +225,8 @@ class EvaluationConfig:
     """As in training by default, so that no handicap flatters the curve."""
     seed: int = 0
     """Seed of the held-out set; the same for every run, so that runs compare."""
+    level: int = -1
+    """Level of all held-out tasks; -1 = as training draws them: env.level, or every level of the curriculum alike."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -277,6 +309,7 @@ class TrainConfig:
     dry_run: bool = False
     """Validate, print the resolved config, start nothing."""
     env: EnvConfig = field(default_factory=EnvConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

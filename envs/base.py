@@ -18,10 +18,12 @@ An author writes a problem, tools, a reward and an oracle; determinism, coercion
 
 An assistant message with tool calls is answered by one tool message per call, in call order. One without calls ends
 the episode with its text as the answer, unless `on_message` replies. What a policy does wrong is an observation; what
-an author does wrong raises, and the pool turns that into a recorded failure.
+an author does wrong raises, and the pool turns that into a recorded failure. InfraFault, raised anywhere, is the fault
+of neither.
 """
 
 import asyncio
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -38,12 +40,12 @@ from typing import Any, ClassVar, cast
 
 import gymnasium
 
-from envs.errors import BadArguments, BadReward, MalformedEnvironment
+from envs.errors import BadArguments, BadReward, InfraFault, MalformedEnvironment
 from envs.message import ImagePart, Message, TextPart, ToolCall, ToolResult, ToolSpec
 from envs.space import ActionSpace, ObservationSpace
 from envs.task import Problem
-from envs.tool import Tool, as_content, bind_tools
-from envs.worker_thread import WorkerThread, run_sync
+from envs.tool import DEFAULT_COST, Tool, ToolOptions, as_content, bind_tools, cut_middle
+from envs.worker_thread import WorkerThread, boxed, run_sync
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +55,9 @@ Oracle = Generator[Message, Observation, None]
 
 _latency = random.Random()  # of its own: time is no part of a transcript, and tests seed the global one
 MAX_CALLS = 16
-"""Calls of one assistant message that are run; the rest is refused."""
+"""Calls of one assistant message that are run where they may be parallel; the rest is refused."""
 _SHOWN_CHARS = 200
+_REWARD_SLACK = 1e-6  # sums of parts round
 
 
 def call(name: str, /, **arguments: Any) -> Message:
@@ -76,10 +79,17 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
     """Levels of difficulty: 0 to levels - 1."""
     inline: ClassVar[bool] = False
     """task(), reward() and on_message() take well under a millisecond and never block: no thread is needed."""
+    parallel_calls: ClassVar[bool] = False
+    """Calls of one message may run at the same time: async tools do, blocking ones queue for the environment's thread.
+    Where it is False the first call is run and every further one refused."""
+    reward_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
+    """Smallest and largest reward (sum of the parts); score() refuses what lies outside."""
+    images: ClassVar[bool] = False
+    """It shows images: a run whose policy reads text only refuses it before anything starts."""
     max_turns: int = 8
     """Assistant messages of an episode; after these it is truncated and scored as it stands."""
     max_result_chars: int = 4000
-    """Longest tool result a policy is shown."""
+    """Longest tool result a policy is shown; of a longer one the middle is cut."""
     tool_timeout_s: float = 10.0
     """Deadline of one tool call; the policy reads that it timed out."""
     reset_timeout_s: float = 30.0
@@ -175,7 +185,9 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
         self.problem = Problem(prompt=problem) if isinstance(problem, str) else problem
         opening = _opening_messages(self)
         self._tools = self.tools()
+        self._thread_turn = asyncio.Lock()
         self._calls: Counter[str] = Counter()
+        self._tool_cost = 0.0
         self._num_tool_errors = 0
         self._num_turns = 0
         self._answer = ""
@@ -204,7 +216,7 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
             raise TypeError(f"an action is an assistant Message, not {message!r:.{_SHOWN_CHARS}}")
         self._num_turns += 1
         if message.tool_calls:
-            replies = tuple([await self._answer_call(i, c) for i, c in enumerate(message.tool_calls)])
+            replies = await self._answer_calls(message.tool_calls)
         else:
             reply = await self.run_author(self.on_message, message.text)
             if reply is None:
@@ -218,14 +230,19 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
         return replies, False, self._ended
 
     async def score(self) -> dict[str, float]:
-        """End the episode and return the parts of its reward. Raises BadReward unless they are finite numbers."""
+        """End the episode and return the parts of its reward.
+
+        Raises BadReward unless they are finite numbers whose sum is in `reward_range`.
+        """
         self._ended = True
         value = await self.run_author(self.reward, self._answer)
         parts = value if isinstance(value, dict) else {"reward": value}
         if not parts:
             raise BadReward("reward() returned no parts")
         finite = {str(name): _finite(name, part) for name, part in parts.items()}
-        _finite("sum", sum(finite.values()))
+        total, (low, high) = _finite("sum", sum(finite.values())), self.reward_range
+        if not low - _REWARD_SLACK <= total <= high + _REWARD_SLACK:
+            raise BadReward(f"reward() returned {total:g} in sum, which is not in reward_range {low:g}..{high:g}")
         return finite
 
     def tool_specs(self) -> tuple[ToolSpec, ...]:
@@ -237,13 +254,14 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
             "level": self.level,
             "num_tool_calls": self._calls.total(),
             "num_tool_errors": self._num_tool_errors,
+            "tool_cost": self._tool_cost,
             "tool_calls": dict(self._calls),
         }
         return {**self.problem.meta, **counts}
 
     async def run_author(self, function: Callable[..., Any], *args: Any, inline: bool = False) -> Any:
         """Run an author's function: async ones here, synchronous ones on the environment's own thread or inline."""
-        if self.inline or inline or inspect.iscoroutinefunction(function):
+        if self._stays_here(function, inline):
             result = function(*args)
         else:
             result = await self._own_thread().run(function, *args)
@@ -256,25 +274,37 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
 
     # --- parts ---
 
+    def _stays_here(self, function: Callable[..., Any], inline: bool) -> bool:
+        return self.inline or inline or inspect.iscoroutinefunction(function)
+
     def _own_thread(self) -> WorkerThread:
         if self._thread is None or self._thread.abandoned:
             self.adopt_thread(WorkerThread())
         assert self._thread is not None
         return self._thread
 
+    async def _answer_calls(self, tool_calls: tuple[ToolCall, ...]) -> Observation:
+        if len(tool_calls) == 1 or not self.parallel_calls:
+            return tuple([await self._answer_call(i, c) for i, c in enumerate(tool_calls)])
+        # Boxed: an error of one call waits until all have ended, so nothing runs on behind a failed step.
+        outcomes = await asyncio.gather(*(boxed(self._answer_call(i, c)) for i, c in enumerate(tool_calls)))
+        for _, error in outcomes:
+            if error is not None:
+                raise error
+        return tuple(cast(Message, reply) for reply, _ in outcomes)
+
     async def _answer_call(self, index: int, tool_call: ToolCall) -> Message:
         started = time.monotonic()
         content, images, error = await self._run_call(index, tool_call)
+        known = self._tools.get(tool_call.name)
         # Invented names are counted together: a policy can make up any number of them.
-        self._calls[tool_call.name if tool_call.name in self._tools else "unknown"] += 1
+        self._calls[tool_call.name if known else "unknown"] += 1
+        self._tool_cost += known.options.cost if known else DEFAULT_COST
         self._num_tool_errors += error is not None
-        cut = len(content) - self.max_result_chars
-        if cut > 0:
-            content = f"{content[: self.max_result_chars]} (truncated {cut} chars)"
         result = ToolResult(
             call_id=tool_call.call_id or str(index),
             name=tool_call.name,
-            content=content,
+            content=cut_middle(content, self.max_result_chars),
             error=error,
             seconds=time.monotonic() - started,
         )
@@ -282,6 +312,8 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
 
     async def _run_call(self, index: int, tool_call: ToolCall) -> tuple[str, tuple[ImagePart, ...], str | None]:
         """Text, images and kind of error of one call. Error texts are short and stable: policies learn from them."""
+        if index > 0 and not self.parallel_calls:
+            return "error: one call per message", (), "malformed"
         if index >= MAX_CALLS:
             return "error: too many calls", (), "malformed"
         if tool_call.error is not None:
@@ -294,15 +326,25 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
         except BadArguments as error:
             return f"error: {error}", (), "bad_arguments"
         await self._wait_latency()
-        limit = asyncio.timeout(found.options.timeout_s or self.tool_timeout_s)
+        bound = functools.partial(found.function, **arguments)
+        # A call that waits for the thread is not late yet: its deadline starts when its turn has come.
+        turn = contextlib.nullcontext() if self._stays_here(bound, found.options.inline) else self._thread_turn
+        async with turn:
+            return await self._run_bound(bound, found.options)
+
+    async def _run_bound(
+        self, bound: Callable[[], Any], options: ToolOptions
+    ) -> tuple[str, tuple[ImagePart, ...], str | None]:
+        limit = asyncio.timeout(options.timeout_s or self.tool_timeout_s)
         try:
             async with limit:
-                bound = functools.partial(found.function, **arguments)
-                return *as_content(await self.run_author(bound, inline=found.options.inline)), None
+                return *as_content(await self.run_author(bound, inline=options.inline)), None
+        except InfraFault:
+            raise
         except Exception as error:  # a tool may refuse by raising, as sqlite3 does: the policy reads why
             if limit.expired():
                 return "error: timed out", (), "timeout"
-            logger.debug("tool %s raised", tool_call.name, exc_info=True)
+            logger.debug("a tool raised", exc_info=True)
             return f"error: {str(error)[:_SHOWN_CHARS] or type(error).__name__}", (), "tool_error"
 
     async def _wait_latency(self) -> None:

@@ -27,6 +27,13 @@ class BadReward(EnvError, ValueError):
     """reward() returned something other than finite numbers."""
 
 
+class InfraFault(EnvError, ConnectionError):
+    """Something an environment depends on is down (a server, a service): no fault of the policy or the environment.
+
+    Raise it in a tool, task() or reward(): the episode then has no reward and may be tried again.
+    """
+
+
 class BadArguments(ValueError):
     """A policy's arguments do not fit a tool's types. The text is short and stable: the policy reads it."""
 

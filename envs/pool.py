@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from envs.base import AgentEnv
-from envs.errors import EnvError, author_traceback
+from envs.errors import EnvError, InfraFault, author_traceback
 from envs.message import Message
 from envs.outcome import EnvFailure, ResetOutcome, StepOutcome
 from envs.registry import construct, find_class
@@ -212,7 +212,8 @@ class EnvPool:
         # Our own verdicts on an author's class or reward say everything; a traceback would only show our frames.
         trace = "" if isinstance(error, EnvError) and error.__cause__ is None else author_traceback(error)
         text = str(error) if isinstance(error, EnvError) else f"{type(error).__name__}: {error}"
-        raise self._failed("env", where, text[:_SHOWN_CHARS], trace)
+        kind = "infra" if isinstance(error, InfraFault) else "env"
+        raise self._failed(kind, where, text[:_SHOWN_CHARS], trace)
 
     def _failed(self, kind: str, where: str, message: str, trace: str = "") -> _Failed:
         self._num_failures += 1

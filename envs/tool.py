@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,6 +16,8 @@ from envs.message import ImagePart, ToolSpec
 
 _MARK = "shoal_tool_options"
 _SHOWN_NAME_CHARS = 32
+DEFAULT_COST = 1.0
+"""Cost of a call of an ordinary tool, and of one that does not exist."""
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -22,22 +25,34 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 class ToolOptions:
     """What `@tool(...)` says beside the signature."""
 
+    cost: float = DEFAULT_COST
+    """Added to `meta["tool_cost"]` by every call; the learner's rule `env.tool_cost` multiplies it."""
     timeout_s: float | None = None
     """Deadline of one call; None = the environment's `tool_timeout_s`."""
     inline: bool = False
     """Run a synchronous tool on the event loop (well under a millisecond) instead of the environment's thread."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.cost < math.inf:
+            raise ValueError(f"cost of a tool is {self.cost}, not a finite number >= 0")
+        if self.timeout_s is not None and not 0 < self.timeout_s < math.inf:
+            raise ValueError(f"timeout_s of a tool is {self.timeout_s}, not a finite number > 0")
+
 
 @overload
 def tool(function: Function) -> Function: ...
 @overload
-def tool(*, timeout_s: float | None = None, inline: bool = False) -> Callable[[Function], Function]: ...
-def tool(function: Any = None, *, timeout_s: float | None = None, inline: bool = False) -> Any:
+def tool(
+    *, cost: float = DEFAULT_COST, timeout_s: float | None = None, inline: bool = False
+) -> Callable[[Function], Function]: ...
+def tool(
+    function: Any = None, *, cost: float = DEFAULT_COST, timeout_s: float | None = None, inline: bool = False
+) -> Any:
     """Mark a method as a tool. Parameters need types; the docstring's first paragraph is the description.
 
-    Example: `@tool` or `@tool(timeout_s=2.0)` above `def add(self, a: int, b: int) -> int`.
+    Example: `@tool` or `@tool(cost=0.5, timeout_s=2.0)` above `def add(self, a: int, b: int) -> int`.
     """
-    options = ToolOptions(timeout_s=timeout_s, inline=inline)
+    options = ToolOptions(cost=cost, timeout_s=timeout_s, inline=inline)
 
     def mark(target: Function) -> Function:
         setattr(target, _MARK, options)
@@ -132,6 +147,18 @@ def as_content(value: Any) -> tuple[str, tuple[ImagePart, ...]]:
         texts = [as_content(item)[0] for item in value if not isinstance(item, ImagePart)]
         return "\n".join(texts), tuple(item for item in value if isinstance(item, ImagePart))
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str), ()
+
+
+def cut_middle(text: str, max_chars: int) -> str:
+    """At most `max_chars` of a text, its head and its tail, with a visible mark between them.
+
+    Example: cut_middle("abcdefgh", 4) -> "ab (truncated 4 chars) gh"
+    """
+    cut = len(text) - max_chars
+    if cut <= 0:
+        return text
+    head, tail = text[: (max_chars + 1) // 2], text[len(text) - max_chars // 2 :]
+    return f"{head} (truncated {cut} chars) {tail}"
 
 
 def _arguments_model(name: str, parameters: list[inspect.Parameter], hints: dict[str, Any]) -> type[BaseModel]:

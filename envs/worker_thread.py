@@ -85,6 +85,14 @@ def _background_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
+async def boxed(work: Coroutine[Any, Any, Result]) -> tuple[Result | None, BaseException | None]:
+    """What `work` returned, or the error it raised, as data: a SystemExit that escapes a task would stop the loop."""
+    try:
+        return await work, None
+    except (Exception, SystemExit) as error:  # an author's code may raise anything
+        return None, error
+
+
 def run_sync(coroutine: Coroutine[Any, Any, Result], timeout_s: float) -> Result:
     """Run a coroutine to its end from synchronous code, also inside a running loop (Jupyter, Ray).
 
@@ -94,13 +102,7 @@ def run_sync(coroutine: Coroutine[Any, Any, Result], timeout_s: float) -> Result
         coroutine.close()
         raise RuntimeError("step() or reset() called from inside an environment's own code: await astep() or areset()")
 
-    async def boxed() -> tuple[Result | None, BaseException | None]:
-        try:
-            return await coroutine, None
-        except (Exception, SystemExit) as error:  # SystemExit escaping a task would stop the shared loop
-            return None, error
-
-    future = asyncio.run_coroutine_threadsafe(boxed(), _background_loop())
+    future = asyncio.run_coroutine_threadsafe(boxed(coroutine), _background_loop())
     try:
         value, error = future.result(timeout_s)
     except TimeoutError:

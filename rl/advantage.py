@@ -46,13 +46,14 @@ def _relative(rewards: Rewards, *, divide_by_std: bool) -> list[float | None]:
     return [None if reward is None else float((reward - mean) / scale) for reward in rewards]
 
 
-def shaped_rewards(rewards: Rewards, num_calls: Sequence[int], *, tool_cost: float) -> list[float | None]:
+def shaped_rewards(rewards: Rewards, call_costs: Sequence[float], *, tool_cost: float) -> list[float | None]:
     """Rewards of one group after the price of tool calls that were not needed.
 
-        extra_i = calls_i - min(calls of correct members)                for correct members (reward >= 1 - 1e-6)
+        extra_i = c_i - min(c of correct members)                        for correct members (reward >= 1 - 1e-6)
         cost_i  = min(tool_cost * extra_i, (1 - best wrong reward) / 2)
         r'_i    = r_i - s * cost_i                                       wrong members keep their reward
 
+    c_i sums the costs of the calls of member i: it is their number where no tool declares another cost than 1.
     s = 1 where every member is correct. With a wrong member in the group, s in [0, 1] is the largest factor that
     leaves each correct member at or above the mean of the group.
 
@@ -76,9 +77,9 @@ def shaped_rewards(rewards: Rewards, num_calls: Sequence[int], *, tool_cost: flo
     wrong = [reward for reward in valid.values() if reward < 1.0 - EQUAL]
     if tool_cost == 0.0 or not correct:
         return list(rewards)
-    fewest = min(num_calls[i] for i in correct)
+    least = min(call_costs[i] for i in correct)
     cap = (1.0 - max(wrong, default=0.0)) / 2
-    costs = {i: min(tool_cost * (num_calls[i] - fewest), cap) for i in correct}
+    costs = {i: min(tool_cost * (call_costs[i] - least), cap) for i in correct}
     factor = _sign_keeping_factor(valid, costs) if wrong else 1.0
     return [reward if i not in costs else correct[i] - factor * costs[i] for i, reward in enumerate(rewards)]
 

@@ -54,8 +54,8 @@ def judge_group(
         t.reward if t.is_trainable and not defect else None
         for t, defect in zip(group.trajectories, defects, strict=True)
     ]
-    calls = [int(t.meta.get("num_tool_calls", 0)) for t in group.trajectories]
-    advantages = advantage(shaped_rewards(rewards, calls, tool_cost=tool_cost))
+    call_costs = [float(t.meta.get("tool_cost", 0.0)) for t in group.trajectories]
+    advantages = advantage(shaped_rewards(rewards, call_costs, tool_cost=tool_cost))
     if len(advantages) != len(rewards) or not all(a is None or math.isfinite(a) for a in advantages):
         raise ValueError(
             f"advantage function gave {list(advantages)} for rewards {rewards} of group {group.group_id!r}"

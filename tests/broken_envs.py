@@ -17,6 +17,7 @@ class Doubling(AgentEnv):
     """Blocking author code on purpose: not inline, so everything runs on the environment's thread."""
 
     max_turns = 4
+    parallel_calls: ClassVar[bool] = True
 
     def task(self, rng: random.Random, level: int) -> Problem | str:
         self.number = rng.randint(1, 10 ** (level + 2))
@@ -58,6 +59,10 @@ class Doubling(AgentEnv):
     def oracle(self) -> Oracle:
         replies = yield call("add", a=self.number, b=self.number)
         yield say(replies[0].text)
+
+
+class OneAtATime(Doubling):
+    parallel_calls: ClassVar[bool] = False
 
 
 class SketchShop(AgentEnv):

@@ -2,17 +2,30 @@
 
 import asyncio
 import gc
+import random
 import threading
+import time
+from typing import ClassVar
 
 import pytest
 from gymnasium.utils.env_checker import check_env
 
 from envs.base import AgentEnv, call, say
 from envs.demonstration import demonstrate
-from envs.errors import BadReward
+from envs.errors import BadReward, InfraFault
 from envs.message import Message, ToolCall
 from envs.registry import make_env
-from tests.broken_envs import Chatty, Doubling, ExitsInTask, ExitsInTool, RewardOf, SketchShop
+from envs.tool import tool
+from tests.broken_envs import (
+    Asks,
+    Chatty,
+    Doubling,
+    ExitsInTask,
+    ExitsInTool,
+    OneAtATime,
+    RewardOf,
+    SketchShop,
+)
 
 
 def texts(messages: tuple[Message, ...]) -> list[str]:
@@ -39,7 +52,8 @@ def test_an_episode_by_hand_gives_new_messages_only_and_the_sum_of_the_parts() -
     replies, reward, terminated, truncated, info = env.step(replies[0].text)
     assert (replies, reward, terminated, truncated) == ((), 0.75, True, False)
     assert info["reward_parts"] == {"answer": 1.0, "style": -0.25}
-    assert info["meta"] == {"level": 1, "num_tool_calls": 1, "num_tool_errors": 0, "tool_calls": {"add": 1}}
+    counts = {"num_tool_calls": 1, "num_tool_errors": 0, "tool_cost": 1.0, "tool_calls": {"add": 1}}
+    assert info["meta"] == {"level": 1, **counts}
     with pytest.raises(RuntimeError, match="call reset"):
         env.step("again")
 
@@ -78,6 +92,110 @@ def test_results_come_in_call_order_whatever_takes_longest() -> None:
     assert [m.tool_result.call_id for m in replies if m.tool_result] == ["0", "1", "2"]
 
 
+def test_without_the_declaration_the_first_call_is_run_and_the_others_are_refused() -> None:
+    env = OneAtATime()
+    env.reset(seed=0)
+    message = calls(("add", {"a": 1}), ("nap", {"seconds": 1}), ("add", {"a": 2}))
+    replies, *_, info = env.step(message)
+    assert texts(replies) == ["1", "error: one call per message", "error: one call per message"]
+    assert [m.tool_result.error for m in replies if m.tool_result] == [None, "malformed", "malformed"]
+    assert (info["meta"]["num_tool_calls"], info["meta"]["tool_cost"]) == (3, 3.0)
+
+
+class Rendezvous(AgentEnv):
+    """Its calls must overlap to end, and its blocking ones must not."""
+
+    parallel_calls: ClassVar[bool] = True
+
+    def task(self, rng: random.Random, level: int) -> str:
+        self.met = asyncio.Event()
+        self.inside = 0
+        return "?"
+
+    @tool(timeout_s=5.0)
+    async def wait(self) -> str:
+        await self.met.wait()
+        return "met"
+
+    @tool
+    async def meet(self) -> str:
+        self.met.set()
+        return "here"
+
+    @tool(timeout_s=0.2)
+    def block(self) -> int:
+        self.inside += 1
+        time.sleep(0.08)
+        self.inside -= 1
+        return self.inside
+
+    @tool(timeout_s=0.05)
+    def hang(self) -> None:
+        time.sleep(0.3)
+
+    @tool
+    def leave(self) -> None:
+        raise SystemExit(3)
+
+    @tool
+    def lose_server(self) -> None:
+        raise InfraFault("the server is gone")
+
+    def reward(self, answer: str) -> float:
+        return float(answer)
+
+
+def test_declared_calls_of_one_message_run_at_the_same_time_and_blocking_ones_in_turn() -> None:
+    env = Rendezvous()
+    env.reset(seed=0)
+    replies, *_ = env.step(calls(("wait", {}), ("meet", {})))
+    assert texts(replies) == ["met", "here"]
+    # Each has 0.2 s for itself, and the thread that hangs takes no other call with it.
+    replies, *_ = env.step(calls(*[("block", {})] * 4, ("hang", {}), ("block", {})))
+    assert texts(replies) == ["0"] * 4 + ["error: timed out", "0"]
+
+
+@pytest.mark.parametrize(("name", "error"), [("leave", SystemExit), ("lose_server", InfraFault)])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_what_is_no_observation_raises_also_from_one_of_several_calls(name: str, error: type, parallel: bool) -> None:
+    env = Rendezvous()
+    env.reset(seed=0)
+    with pytest.raises(error):
+        env.step(calls((name, {}), *[("meet", {})] * parallel))
+    assert demonstrate(Doubling(), 1, 0).reward == 0.75  # the shared loop lives on
+
+
+def test_the_costs_that_tools_declare_are_summed_over_the_episode() -> None:
+    class Priced(Asks):
+        @tool(cost=0.25)
+        async def cheap(self) -> None: ...
+
+        @tool(cost=3)
+        async def dear(self, n: int) -> None: ...
+
+    env = Priced()
+    env.reset(seed=0)
+    for message in (call("cheap"), call("cheap"), call("dear", n="x"), call("invented")):
+        *_, info = env.step(message)
+    assert info["meta"]["tool_cost"] == 0.25 + 0.25 + 3 + 1
+    assert env.reset(seed=0)[1]["meta"]["tool_cost"] == 0
+
+
+@pytest.mark.parametrize("answer", ["-1", "1", "1.0000000001"])
+def test_a_reward_inside_the_range_is_passed_on(answer: str) -> None:
+    env = Rendezvous()
+    env.reset(seed=0)
+    assert env.step(answer)[1] == float(answer)
+
+
+@pytest.mark.parametrize("answer", ["-1.1", "1.1", "100"])
+def test_a_reward_outside_the_range_raises_with_both(answer: str) -> None:
+    env = Rendezvous()
+    env.reset(seed=0)
+    with pytest.raises(BadReward, match=rf"returned {answer} in sum, which is not in reward_range -1\.\.1"):
+        env.step(answer)
+
+
 def test_every_call_is_answered_also_beyond_the_most_that_are_run() -> None:
     env = Doubling()
     env.reset(seed=0)
@@ -96,7 +214,7 @@ def test_long_results_are_cut_with_a_visible_mark() -> None:
     env = Doubling()
     env.reset(seed=0)
     replies, *_ = env.step(call("shout"))
-    assert replies[0].text == "x" * 4000 + " (truncated 1000 chars)"
+    assert replies[0].text == "x" * 2000 + " (truncated 1000 chars) " + "x" * 2000
 
 
 def test_an_episode_without_an_answer_is_truncated_after_max_turns_and_scored() -> None:

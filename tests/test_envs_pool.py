@@ -64,6 +64,7 @@ def test_an_episode_gives_outcomes_with_cumulative_facts() -> None:
             "level": 0,
             "num_tool_calls": 2,
             "num_tool_errors": 1,
+            "tool_cost": 2.0,
             "tool_calls": {"add": 1, "unknown": 1},
         }
         await host.close("a")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from envs.errors import BadArguments, MalformedEnvironment
 from envs.message import ImagePart
-from envs.tool import Tool, as_content, tools_of_class
+from envs.tool import Tool, as_content, cut_middle, tool, tools_of_class
 from tests.broken_envs import Doubling, UntypedTool
 
 
@@ -112,6 +112,25 @@ def test_images_a_tool_returns_stay_images_beside_their_texts() -> None:
     image = ImagePart(data=b"png")
     assert as_content(image) == ("", (image,))
     assert as_content(["page 1", image, 7, image]) == ("page 1\n7", (image, image))
+
+
+@pytest.mark.parametrize("options", [{"cost": -1}, {"cost": float("nan")}, {"timeout_s": 0}, {"timeout_s": -2.0}])
+def test_impossible_options_are_refused_with_value_and_range(options: dict) -> None:
+    (name, value), *_ = options.items()
+    with pytest.raises(ValueError, match=rf"{name} of a tool is {value}, not a finite number >"):
+        tool(**options)
+
+
+@random_input(st.text(), st.integers(0, 30))
+def test_a_long_text_keeps_head_and_tail_and_says_how_much_is_gone(text: str, max_chars: int) -> None:
+    shown = cut_middle(text, max_chars)
+    if len(text) <= max_chars:
+        assert shown == text
+        return
+    mark = f" (truncated {len(text) - max_chars} chars) "
+    assert len(shown) == max_chars + len(mark)
+    head, tail = (max_chars + 1) // 2, max_chars // 2
+    assert shown == text[:head] + mark + text[len(text) - tail :]
 
 
 @settings(max_examples=200, deadline=None)

@@ -171,7 +171,7 @@ def own_loss(inputs: LossInputs, config: LossConfig) -> tuple[torch.Tensor, dict
 def test_tool_costs_teach_from_a_group_whose_rewards_are_equal() -> None:
     model = tiny_model()
     [group] = on_policy_groups(model, [[1.0, 1.0]])
-    group = edited(group, 1, meta={"num_tool_calls": 2})
+    group = edited(group, 1, meta={"num_tool_calls": 2, "tool_cost": 2.0})
     report = make_learner(model, tool_cost=0.1).step([group])
     assert [row.status for row in report.rows] == ["trained", "trained"]
     assert report.rows[0].advantage is not None and report.rows[0].advantage > 0

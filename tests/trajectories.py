@@ -69,7 +69,7 @@ def make_trajectory(
         reward=reward,
         stop_reason=stop_reason,
         temperature=temperature,
-        meta={"num_tool_calls": calls},
+        meta={"num_tool_calls": calls, "tool_cost": float(calls)},
     )
 
 

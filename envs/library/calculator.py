@@ -72,6 +72,7 @@ class Calculator(AgentEnv):
     """Compute an expression. Reward 1 iff the answer is exactly the result."""
 
     inline: ClassVar[bool] = True
+    parallel_calls: ClassVar[bool] = True
     max_turns = 6
     expression: Expression
 

@@ -28,6 +28,7 @@ class ShopDB(AgentEnv):
     """Answer a question about a shop's orders. Reward 1 iff the answer is exactly the queried number."""
 
     inline: ClassVar[bool] = True
+    parallel_calls: ClassVar[bool] = True
     max_turns = 4
     max_result_chars = 500
     database: ReadOnlySql | None = None
