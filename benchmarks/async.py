@@ -1,9 +1,10 @@
 """What asynchrony brings when tools are slow: the demo's training with max_staleness=2 against max_staleness=0.
 
-    shoal bench async [--json] [--steps 24] [--pairs 2]
+    shoal bench async [--json] [--steps 50] [--pairs 2]
 
 Both sides are the demo's config on the same machine; only the bound differs, and both wait for tools whose latency is
-lognormal (median 150 ms, sigma 1). The synchronous side keeps all its episodes in flight at once. Sides alternate.
+lognormal (median 150 ms, sigma 1; each call waits its own). The synchronous side keeps all its episodes in flight at
+once. Sides alternate.
 Throughput: sampled tokens of consumed trajectories per second, from the end of step 2 to the end of the last step.
 """
 
@@ -80,7 +81,7 @@ def measure(steps: int, pairs: int) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="the result as one JSON object, last line")
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--pairs", type=int, default=2)
     args = parser.parse_args()
     result = measure(args.steps, args.pairs)

@@ -15,6 +15,7 @@ from rollout.lease import Lease, WorkerClient, WorkerStatus
 from rollout.trajectory import Trajectory, TrajectoryGroup
 
 if TYPE_CHECKING:
+    from envs.actors import PoolClient
     from envs.task import Task
     from rl.report import LearnerReport
     from rollout.worker import RolloutWorker
@@ -153,6 +154,7 @@ class RayCluster:
     workers: Sequence[WorkerClient]
     host: EnvHost
     _pools: list[Any]
+    _connection: "PoolClient | None" = None
 
     @staticmethod
     async def start(config: TrainConfig, folder: Path) -> "RayCluster":
@@ -184,7 +186,7 @@ class RayCluster:
             .remote(config, f"worker-{i}", names, logs)
             for i in range(config.rollout.workers)
         ]
-        self.host = connect(names, config.env)
+        self.host = self._connection = connect(names, config.env)
         self.learner = RayLearner(learner, deadline_s=config.learner.step_timeout_s)
         self.workers = [
             RayWorkerClient(f"worker-{i}", actor, episode_deadline_s=config.rollout.episode_deadline_s)
@@ -206,6 +208,8 @@ class RayCluster:
         """Stop Ray with everything in it. Safe to call twice."""
         import ray
 
+        if self._connection is not None:  # its poll would meet a pool that is gone
+            await self._connection.aclose()
         await asyncio.to_thread(ray.shutdown)
 
 
