@@ -6,11 +6,10 @@ Tables: orders(id, customer, item, amount), people(name, city). Levels: 0-2 one 
 """
 
 import random
-import sqlite3
 from typing import ClassVar
 
 from envs.base import AgentEnv, Oracle, call, say
-from envs.library.read_only_sql import ReadOnlySql
+from envs.library.read_only_sql import ReadOnlySql, small_database
 from envs.task import Problem
 from envs.tool import tool
 
@@ -42,7 +41,7 @@ class ShopDB(AgentEnv):
                 names.append(name)
         self.people = [(name, rng.choice(CITIES)) for name in names]
         self.orders = [(i + 1, rng.choice(names), rng.choice(ITEMS), rng.randint(10, 99)) for i in range(num_rows)]
-        connection = sqlite3.connect(":memory:", check_same_thread=False)
+        connection = small_database()
         connection.execute("create table orders(id integer, customer text, item text, amount integer)")
         connection.execute("create table people(name text, city text)")
         connection.executemany("insert into orders values(?,?,?,?)", self.orders)
