@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from conf.checks import ConfigError, nearest
-from conf.schema import TrainConfig
+from conf.schema import PolicyConfig, TrainConfig
 from envs.registry import find_class
 from policy.hybrid_config import PRESETS
 from policy.initial import initial_weights_file
 from rl.choice import choose
+from rollout.renderer import sees_images
 
 
 def check_parts(config: TrainConfig, *, trains: bool = True) -> None:
@@ -24,6 +25,7 @@ def check_parts(config: TrainConfig, *, trains: bool = True) -> None:
     entries = {f"env.mix.{name}": entry for name, entry in env.mix.items()} or {"env": env}
     for key, entry in entries.items():
         _check_environment(entry.id, entry.kwargs, entry.level, key)
+        _check_images(entry.id, config.policy, key)
     if config.policy.kind == "hybrid":
         _check_preset(config.policy.preset, config.policy.overrides)
     if not trains:
@@ -54,6 +56,14 @@ def _check_environment(env_id: str, kwargs: Mapping[str, Any], level: int, key: 
             raise ConfigError(
                 f"unknown key '{key}.kwargs.{name}' for {env_id}.{hint} Available: {', '.join(parameters)}"
             )
+
+
+def _check_images(env_id: str, policy: PolicyConfig, key: str) -> None:
+    if find_class(env_id).images and not sees_images(policy):
+        raise ConfigError(
+            f"{key}.id={env_id} shows images, but a policy of kind {policy.kind!r} with dialect {policy.dialect!r} "
+            "reads text only, and there is no policy with vision yet. Choose an environment of text: shoal env list"
+        )
 
 
 def _check_preset(preset: str, overrides: Mapping[str, Any]) -> None:

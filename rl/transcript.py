@@ -1,17 +1,26 @@
 """An episode as a person reads it."""
 
-from envs.message import Message
+import hashlib
+
+from envs.message import ContentPart, Message, TextPart
 from rollout.trajectory import Trajectory
 
 
 def message_text(message: Message) -> str:
-    """One message on a few lines: role, text, calls."""
+    """One message on a few lines: role, text, calls; of an image its size and hash."""
     calls = [
         f"[call {call.name}({', '.join(f'{k}={v!r}' for k, v in call.arguments.items())})]"
         + (f" malformed: {call.error}" if call.error else "")
         for call in message.tool_calls
     ]
-    return f"{message.role:>9}: " + " ".join([part for part in (message.text, *calls) if part])
+    content = [shown for shown in map(_part_text, message.content) if shown]
+    return f"{message.role:>9}: " + " ".join([*content, *calls])
+
+
+def _part_text(part: ContentPart) -> str:
+    if isinstance(part, TextPart):
+        return part.text
+    return f"[{part.media_type}, {len(part.data)} bytes, sha256 {hashlib.sha256(part.data).hexdigest()[:12]}]"
 
 
 def transcript_text(trajectory: Trajectory) -> str:

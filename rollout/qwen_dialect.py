@@ -2,6 +2,7 @@
 
 Token for token what the model's chat template writes, with two differences that training needs: history only grows
 (the template drops earlier reasoning at a new user turn), and text inside messages cannot become a control token.
+Each image becomes one placeholder; a model's vision processor knows how many tokens it stands for.
 """
 
 import json
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from envs.message import Message, ToolSpec
+from envs.message import ImagePart, Message, ToolSpec
 from policy.tokenizer import HfTokenizer
 from rollout.call_grammar import MARKS, parse_turn, xml_call
 from rollout.control_text import ControlText
@@ -44,6 +45,7 @@ the user about function calls
 </IMPORTANT>"""
 
 RESULT_MARKS = ("<tool_response>", "</tool_response>")
+IMAGE_MARKS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 
 
@@ -51,21 +53,34 @@ class QwenRenderer:
     """Example: reply([tool(5)]) -> ids of
     "\\n<|im_start|>user\\n<tool_response>\\n5\\n</tool_response><|im_end|>\\n<|im_start|>assistant\\n" + a thought."""
 
-    def __init__(self, tokenizer: HfTokenizer, *, end_ids: Sequence[int] = (), thinking: bool = False) -> None:
-        """`end_ids` end a turn beside <|im_end|>; `thinking` leaves the thought of each turn to the policy."""
+    def __init__(
+        self,
+        tokenizer: HfTokenizer,
+        *,
+        end_ids: Sequence[int] = (),
+        thinking: bool = False,
+        accepts_images: bool = False,
+    ) -> None:
+        """`end_ids` end a turn beside <|im_end|>; `thinking` leaves the thought of each turn to the policy.
+
+        Raises `ValueError` where a control token is missing, those of images only if it `accepts_images`.
+        """
         self.tokenizer = tokenizer
         tokenizer.special_id("<|im_start|>")
         self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys([tokenizer.special_id("<|im_end|>"), *end_ids]))
         self.banned_token_ids: tuple[int, ...] = banned_ids(tokenizer, self.stop_token_ids)
         self.vocab_size = tokenizer.vocab_size
+        self.accepts_images = accepts_images
+        for mark in IMAGE_MARKS if accepts_images else ():
+            tokenizer.special_id(mark)
         self._thinking = thinking
         self._header = "<|im_start|>assistant\n" + ("<think>\n" if thinking else EMPTY_THOUGHT)
         self._control = ControlText(tokenizer)
 
     @staticmethod
-    def load(folder: str | Path) -> "QwenRenderer":
+    def load(folder: str | Path, *, accepts_images: bool = False) -> "QwenRenderer":
         tokenizer = HfTokenizer.load(folder)
-        return QwenRenderer(tokenizer, end_ids=tokenizer.end_ids(folder))
+        return QwenRenderer(tokenizer, end_ids=tokenizer.end_ids(folder), accepts_images=accepts_images)
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> list[int]:
         opening = ""
@@ -88,7 +103,15 @@ class QwenRenderer:
         )
 
     def _text(self, message: Message) -> str:
-        return self._control.hide(text_of(message, "qwen3_5").strip())
+        if not self.accepts_images:
+            return self._control.hide(text_of(message, "qwen3_5").strip())
+        if message.role == "system" and any(isinstance(part, ImagePart) for part in message.content):
+            raise ValueError("dialect 'qwen3_5' shows no image in a system message: put it into a user message")
+        parts = [
+            "".join(IMAGE_MARKS) if isinstance(part, ImagePart) else self._control.hide(part.text)
+            for part in message.content
+        ]
+        return "".join(parts).strip()
 
     def _tools_header(self, tools: Sequence[ToolSpec]) -> str:
         lines = "".join(f"\n{self._control.hide(json.dumps(tool_json(tool), ensure_ascii=False))}" for tool in tools)

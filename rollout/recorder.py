@@ -24,7 +24,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from rollout import trajectory_table as table
-from rollout.codec import to_json
+from rollout.codec import FindImage, to_json
 from rollout.trajectory import Trajectory, TrajectoryGroup
 
 Split = Literal["train", "eval"]
@@ -223,7 +223,7 @@ class TrajectoryReader:
         row = self._db.execute(sql, (key,)).fetchone()
         if row is None:
             raise KeyError(f"no trajectory {key!r}; there are {self._total()}")
-        return _stored(row)
+        return _stored(row, table.image_finder(self._db))
 
     def groups(self, status: str, group_ids: Collection[str] | None = None) -> list[TrajectoryGroup]:
         """Groups with a trajectory of that status, whole, in the order of writing; only `group_ids` where given.
@@ -237,7 +237,8 @@ class TrajectoryReader:
             "ORDER BY t.row"
         )
         rows = [row for row in self._db.execute(sql, (status,)) if group_ids is None or row["group_id"] in group_ids]
-        return [_group(list(members)) for _, members in groupby(rows, key=_group_key)]
+        find_image = table.image_finder(self._db)
+        return [_group(list(members), find_image) for _, members in groupby(rows, key=_group_key)]
 
     def list(self, filters: Mapping[str, Any] | None = None, *, limit: int = 100, offset: int = 0) -> list[dict]:
         """Columns of `SUMMARY_COLUMNS` of the rows where every filter column has the value given (None: is unset)."""
@@ -288,18 +289,18 @@ def _group_key(row: sqlite3.Row) -> tuple[str, int, int | None]:
     return row["group_id"], row["group_attempt"], row["eval_step"]
 
 
-def _group(rows: list[sqlite3.Row]) -> TrajectoryGroup:
-    trajectories = tuple(table.read_trajectory(row) for row in rows)
+def _group(rows: list[sqlite3.Row], find_image: FindImage) -> TrajectoryGroup:
+    trajectories = tuple(table.read_trajectory(row, find_image) for row in rows)
     first = trajectories[0]
     return TrajectoryGroup(
         group_id=first.group_id, task=first.task, attempt=rows[0]["group_attempt"], trajectories=trajectories
     )
 
 
-def _stored(row: sqlite3.Row) -> StoredTrajectory:
+def _stored(row: sqlite3.Row, find_image: FindImage) -> StoredTrajectory:
     return StoredTrajectory(
         row=row["row"],
-        trajectory=table.read_trajectory(row),
+        trajectory=table.read_trajectory(row, find_image),
         split=row["split"],
         eval_step=row["eval_step"],
         status=row["status"],

@@ -3,6 +3,9 @@
 Token-in-token-out: the first prompt is rendered once; afterwards a conversation only grows by sampled ids and by
 `reply` ids. History is never decoded and encoded again (pitfalls A6). Text from an environment can never become a
 control token, in any dialect.
+
+Images stay data: a dialect that accepts them writes one placeholder for each, in the order of the conversation, and
+`Trajectory.images` holds them in that order. How many tokens a placeholder stands for is a vision processor's to say.
 """
 
 from collections.abc import Sequence
@@ -13,6 +16,9 @@ from conf.schema import PolicyConfig
 from envs.message import ImagePart, Message, ToolCall, ToolSpec
 
 ParseStatus = Literal["none", "ok", "malformed"]
+
+VISION_POLICIES: frozenset[str] = frozenset()
+"""Values of `policy.kind` whose model sees images. None so far: placeholders are written, no model reads them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +56,11 @@ class Renderer(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
+    @property
+    def accepts_images(self) -> bool:
+        """Messages may hold images; else every method raises `ValueError` for one that does."""
+        ...
+
     def prompt(self, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> list[int]:
         """The whole first prompt, generation header included. Raises `ValueError` for what cannot be rendered."""
         ...
@@ -74,6 +85,11 @@ def text_of(message: Message, dialect: str) -> str:
     return message.text
 
 
+def sees_images(config: PolicyConfig) -> bool:
+    """Whether the policy's model can be shown images."""
+    return config.kind in VISION_POLICIES
+
+
 def make_renderer(config: PolicyConfig) -> Renderer:
     """The renderer that `config.dialect` names. Raises `ValueError` for an unknown dialect or a missing folder."""
     # imported late: the tiny dialect must not pay for transformers
@@ -84,7 +100,7 @@ def make_renderer(config: PolicyConfig) -> Renderer:
     if config.dialect == "qwen3_5":
         from rollout.qwen_dialect import QwenRenderer
 
-        return QwenRenderer.load(config.path)
+        return QwenRenderer.load(config.path, accepts_images=sees_images(config))
     if config.dialect == "chat_template":
         from rollout.template_dialect import TemplateRenderer
 

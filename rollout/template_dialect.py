@@ -24,6 +24,8 @@ QUERY = {"role": "user", "content": "?"}
 class TemplateRenderer:
     """Example (ChatML): reply([tool(5)]) -> ids of "\\n<|im_start|>tool\\n5<|im_end|>\\n<|im_start|>assistant\\n"."""
 
+    accepts_images = False
+
     def __init__(self, tokenizer: HfTokenizer, *, end_ids: Sequence[int]) -> None:
         """Raises `ValueError` for a tokenizer without a template, or one that does not end turns with `end_ids`."""
         if not tokenizer.hf.chat_template:

@@ -19,6 +19,8 @@ ROLE_MARKS = {"system": "<system>", "user": "<user>", "assistant": "<assistant>"
 class TinyRenderer:
     """Example: reply([Message.tool(...5...)]) -> [<result>, 53, <assistant>]."""
 
+    accepts_images = False
+
     def __init__(self) -> None:
         self.tokenizer = ByteTokenizer()
         special = self.tokenizer.special_id

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from envs.message import Message
+from envs.message import ImagePart, Message
 from envs.task import Task
 
 
@@ -121,6 +121,15 @@ class Trajectory:
     @property
     def num_turns(self) -> int:
         return len(self.turns)
+
+    @property
+    def images(self) -> tuple[ImagePart, ...]:
+        """Images in the order they were shown: the k-th belongs to the k-th image placeholder of `token_ids`.
+
+        Those of a last reply that no turn followed have no placeholder.
+        """
+        messages = [*self.prompt, *(message for turn in self.turns for message in turn.reply)]
+        return tuple(part for message in messages for part in message.content if isinstance(part, ImagePart))
 
     @property
     def num_sampled_tokens(self) -> int:

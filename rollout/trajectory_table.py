@@ -1,4 +1,5 @@
-"""The table of trajectories.db: one row per trajectory, columns to filter by, JSON for structure, blobs for arrays.
+"""The tables of trajectories.db. One row per trajectory: columns to filter by, JSON for structure, blobs for arrays.
+And one row per distinct image.
 
 All SQL of the file is here; every writing function runs inside the caller's transaction.
 """
@@ -7,12 +8,15 @@ import json
 import math
 import sqlite3
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rollout.codec import (
+    FindImage,
+    Images,
     error_from_json,
     error_to_json,
     messages_from_json,
@@ -25,7 +29,9 @@ from rollout.codec import (
 )
 from rollout.trajectory import StopReason, Trajectory, TrajectoryGroup
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (0, 1, SCHEMA_VERSION)
+"""0: a new file. 1: no table of images; its rows hold their images as text. Writing to one makes it a file of today."""
 
 SUMMARY_COLUMNS = (
     *("row", "id", "group_id", "env_name", "env_id", "level", "seed", "member", "attempt", "group_attempt"),
@@ -81,6 +87,10 @@ CREATE TABLE IF NOT EXISTS trajectories (
   routed_experts BLOB,
   routed_shape TEXT             -- [L, M, k] of routed_experts
 );
+CREATE TABLE IF NOT EXISTS images (
+  sha256 TEXT PRIMARY KEY,      -- of data; what JSON of prompts and turns names. Kept when its trajectories go
+  data BLOB NOT NULL
+);
 CREATE INDEX IF NOT EXISTS trajectories_by_id ON trajectories (id);
 CREATE INDEX IF NOT EXISTS trajectories_by_group ON trajectories (group_id);
 CREATE INDEX IF NOT EXISTS trajectories_by_status ON trajectories (status, row);
@@ -109,8 +119,8 @@ def open_for_reading(path: Path) -> sqlite3.Connection:
 def check_version(db: sqlite3.Connection, path: Path) -> None:
     """ValueError if another version of Shoal made the file."""
     version = db.execute("PRAGMA user_version").fetchone()[0]
-    if version not in (0, SCHEMA_VERSION):
-        raise ValueError(f"{path} has layout {version}, this version of Shoal reads layout {SCHEMA_VERSION}")
+    if version not in READABLE_VERSIONS:
+        raise ValueError(f"{path} has layout {version}, this version of Shoal reads layouts up to {SCHEMA_VERSION}")
 
 
 def insert_groups(db: sqlite3.Connection, groups: Iterable[TrajectoryGroup], split: str, eval_step: int | None) -> None:
@@ -123,7 +133,8 @@ def insert_groups(db: sqlite3.Connection, groups: Iterable[TrajectoryGroup], spl
                     "DELETE FROM trajectories WHERE id = ? AND split = 'eval' AND eval_step IS ?",
                     (trajectory.trajectory_id, eval_step),
                 )
-            values = _values(trajectory) | {
+            images: Images = {}
+            values = _values(trajectory, images) | {
                 "group_attempt": group.attempt,
                 "split": split,
                 "eval_step": eval_step,
@@ -132,6 +143,7 @@ def insert_groups(db: sqlite3.Connection, groups: Iterable[TrajectoryGroup], spl
             names = ", ".join(values)
             places = ", ".join(f":{name}" for name in values)
             db.execute(f"INSERT INTO trajectories ({names}) VALUES ({places})", values)
+            db.executemany("INSERT OR IGNORE INTO images (sha256, data) VALUES (?, ?)", images.items())
 
 
 def mark_trained(db: sqlite3.Connection, rows: Iterable[tuple[Any, ...]]) -> None:
@@ -162,7 +174,20 @@ def rewind(db: sqlite3.Connection, step: int) -> None:
     db.execute("DELETE FROM trajectories WHERE eval_step > ?", (step,))
 
 
-def read_trajectory(row: sqlite3.Row) -> Trajectory:
+def image_finder(db: sqlite3.Connection) -> FindImage:
+    """Images of the file by sha256; each is read once, and shared by all trajectories that are read with it."""
+
+    @cache
+    def find(sha256: str) -> bytes:
+        row = db.execute("SELECT data FROM images WHERE sha256 = ?", (sha256,)).fetchone()
+        if row is None:
+            raise LookupError(f"the file of trajectories lacks image {sha256}")
+        return row[0]
+
+    return find
+
+
+def read_trajectory(row: sqlite3.Row, find_image: FindImage) -> Trajectory:
     """The trajectory of a full row, equal in every field to what was written."""
     return Trajectory(
         trajectory_id=row["id"],
@@ -173,8 +198,8 @@ def read_trajectory(row: sqlite3.Row) -> Trajectory:
         loss_mask=_array(row["loss_mask"], "u1"),
         rollout_logprobs=_array(row["rollout_logprobs"], "<f4"),
         policy_versions=_array(row["policy_versions"], "<i4"),
-        turns=turns_from_json(row["turns"]),
-        prompt=messages_from_json(row["prompt"]),
+        turns=turns_from_json(row["turns"], find_image),
+        prompt=messages_from_json(row["prompt"], find_image),
         reward=row["reward"],
         reward_parts={k: math.nan if v is None else v for k, v in json.loads(row["reward_parts"]).items()},
         stop_reason=StopReason(row["stop_reason"]),
@@ -194,8 +219,8 @@ def read_learner_logprobs(row: sqlite3.Row) -> np.ndarray | None:
     return None if row["learner_logprobs"] is None else _array(row["learner_logprobs"], "<f4")
 
 
-def _values(trajectory: Trajectory) -> dict[str, Any]:
-    """Columns that the trajectory itself gives."""
+def _values(trajectory: Trajectory, images: Images) -> dict[str, Any]:
+    """Columns that the trajectory itself gives; what they name of images is added to `images`."""
     task, routes = trajectory.task, trajectory.routed_experts
     return {
         "id": trajectory.trajectory_id,
@@ -221,8 +246,8 @@ def _values(trajectory: Trajectory) -> dict[str, Any]:
         "problem_digest": trajectory.problem_digest,
         "meta": to_json(trajectory.meta),
         "task": task_to_json(task),
-        "prompt": messages_to_json(trajectory.prompt),
-        "turns": turns_to_json(trajectory.turns),
+        "prompt": messages_to_json(trajectory.prompt, images),
+        "turns": turns_to_json(trajectory.turns, images),
         "temperature": _finite(trajectory.temperature),
         "token_ids": _blob(trajectory.token_ids, "<i4"),
         "loss_mask": _blob(trajectory.loss_mask, "u1"),

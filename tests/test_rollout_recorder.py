@@ -308,7 +308,7 @@ def test_a_file_of_another_layout_is_refused(tmp_path: Path) -> None:
     written(tmp_path / "t.db", group("g0")).close()
     with sqlite3.connect(tmp_path / "t.db") as db:
         db.execute("PRAGMA user_version = 99")
-    with pytest.raises(RecorderError, match="layout 99, this version of Shoal reads layout 1"):
+    with pytest.raises(RecorderError, match="layout 99, this version of Shoal reads layouts up to 2"):
         Recorder(tmp_path / "t.db")
     with pytest.raises(ValueError, match="layout 99"):
         TrajectoryReader(tmp_path / "t.db")
