@@ -28,6 +28,16 @@ BUILT_IN: Mapping[str, str] = {
     "Calculator-v0": "envs.library.calculator:Calculator",
     "ToolGate-v0": "envs.library.tool_gate:ToolGate",
     "ShopDB-v0": "envs.library.shop_db:ShopDB",
+    "Bank-v0": "envs.library.bank:Bank",
+    "ShellBox-v0": "envs.library.shell_box:ShellBox",
+    "HelpDesk-v0": "envs.library.help_desk:HelpDesk",
+    "WorldSearch-v0": "envs.library.world_search:WorldSearch",
+    "ApiDesk-v0": "envs.library.api_desk:ApiDesk",
+    "GridQuest-v0": "envs.library.grid_quest:GridQuest",
+    "PyCode-v0": "envs.library.py_code:PyCode",
+    "DataLab-v0": "envs.library.data_lab:DataLab",
+    "ChartQA-v0": "envs.library.chart_qa:ChartQA",
+    "ClickUI-v0": "envs.library.click_ui:ClickUI",
 }
 ENTRY_POINT_GROUP = "shoal.envs"
 
