@@ -3,10 +3,11 @@
 Each is a generator of assistant messages that never ends: where an environment answers a text, they go on.
 """
 
+import itertools
 import random
 import re
 from collections.abc import Iterator, Mapping
-from itertools import count, cycle
+from itertools import chain, count, cycle
 from typing import Any
 
 from envs.base import Observation, Oracle, say
@@ -68,10 +69,9 @@ def replay(actions: tuple[Message, ...]) -> Policy:
     """Says what was said before; silence where more is asked for."""
 
     def policy(start: Start, rng: random.Random) -> Oracle:
-        for action in actions:  # not `yield from`, which would send the replies into the tuple
-            yield action
-        while True:
-            yield say("")
+        said = chain(actions, itertools.repeat(say("")))
+        while True:  # not `yield from`, which would send the replies into the iterator
+            yield next(said)
 
     return policy
 

@@ -93,7 +93,7 @@ class Episode:
     def lines(self) -> list[str]:
         """The transcript, comparable: everything a policy saw, and the reward."""
         end = f"reward {self.reward} {json.dumps(dict(self.reward_parts), sort_keys=True)} {self.error}"
-        return [f"problem {self.digest}", *map(message_line, self.messages), end]
+        return [*map(message_line, self.messages), end, f"problem {self.digest}"]
 
 
 def message_line(message: Message) -> str:

@@ -2,8 +2,10 @@
 
 import json
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 
 from rl.command import Command, CommandTable
+from rl.usage import UsageError
 
 INTRODUCTION = """\
 shoal env makes, plays and checks environments.
@@ -33,6 +35,55 @@ def _list(args: Namespace) -> int:
     return 0
 
 
+def _id_argument(parser: ArgumentParser) -> None:
+    parser.add_argument("id", metavar="ID", help=ID_HELP)
+
+
+def _check_arguments(parser: ArgumentParser) -> None:
+    _id_argument(parser)
+    parser.add_argument("--levels", type=_levels, default=(), metavar="0,5,9", help="default: lowest, middle, highest")
+    parser.add_argument("--seeds", type=int, default=20, metavar="N", help="problems of each level (default: 20)")
+    json_argument(parser)
+
+
+def _levels(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split(","))
+
+
+def _check(args: Namespace) -> int:
+    from envs.registry import find_class
+
+    highest = find_class(args.id).levels - 1
+    if args.seeds < 2 or not all(0 <= level <= highest for level in args.levels):
+        raise UsageError(f"--levels of {args.id} are 0 to {highest}, --seeds 2 or more")
+    from rl.env_check import main
+
+    return main(args.id, levels=args.levels, num_seeds=args.seeds, as_json=args.json)
+
+
+def _play_arguments(parser: ArgumentParser) -> None:
+    _id_argument(parser)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="which problem (default: 0)")
+    parser.add_argument("--level", type=int, default=0, metavar="N", help="how hard (default: 0)")
+
+
+def _play(args: Namespace) -> int:
+    from rl.env_play import play
+
+    return play(args.id, seed=args.seed, level=args.level)
+
+
+def _new_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="a module's name, as in my_shop")
+    parser.add_argument("--path", default=".", metavar="DIR", help="where to put its folder (default: here)")
+
+
+def _new(args: Namespace) -> int:
+    from rl.scaffold import main
+
+    return main(args.name, parent=Path(args.path))
+
+
 ENV_COMMANDS = CommandTable(
     summary="list, make, play and check environments",
     introduction=INTRODUCTION,
@@ -42,6 +93,24 @@ ENV_COMMANDS = CommandTable(
             examples="  shoal env list\n  shoal env list --json",
             arguments=json_argument,
             run=_list,
+        ),
+        "new": Command(
+            summary="write a working environment of your own, with a test",
+            examples="  shoal env new my_shop\n  shoal env new my_shop --path ~/research",
+            arguments=_new_arguments,
+            run=_new,
+        ),
+        "play": Command(
+            summary="play an environment in the terminal",
+            examples="  shoal env play ShopDB-v0\n  shoal env play my_shop:MyShop --seed 7 --level 5",
+            arguments=_play_arguments,
+            run=_play,
+        ),
+        "check": Command(
+            summary="look for what makes an environment teach the wrong thing, or fail in a long run",
+            examples="  shoal env check my_shop:MyShop\n  shoal env check ShopDB-v0 --levels 0,5,9 --seeds 20 --json",
+            arguments=_check_arguments,
+            run=_check,
         ),
     },
 )
