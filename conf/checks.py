@@ -15,7 +15,15 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from conf.schema import ClusterConfig, EnvConfig, EvaluationConfig, MonitorConfig, PolicyConfig, TrainConfig
+from conf.schema import (
+    ClusterConfig,
+    CurriculumConfig,
+    EnvConfig,
+    EvaluationConfig,
+    MonitorConfig,
+    PolicyConfig,
+    TrainConfig,
+)
 
 
 class ConfigError(ValueError):
@@ -23,6 +31,8 @@ class ConfigError(ValueError):
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "curriculum.sampler": ("fixed", "uniform", "levels", "pool"),
+    "curriculum.gate": ("none", "zero_variance"),
     "policy.kind": ("hybrid", "hf"),
     "policy.dialect": ("tiny", "qwen3_5", "chat_template"),
     "engine.kind": ("local",),
@@ -46,6 +56,15 @@ RANGES: dict[str, tuple[float, float]] = {
     "steps": (1, inf),
     "env.level": (0, 9),
     "env.tool_cost": (0, inf),
+    "env.tool_cost_below": (0, 1),
+    "curriculum.min_level": (0, 9),
+    "curriculum.max_level": (0, 9),
+    "curriculum.window": (2, 100),
+    "curriculum.promote": (0, 1),
+    "curriculum.demote": (0, 1),
+    "curriculum.floor": (0, 1),
+    "curriculum.pool_size": (1, inf),
+    "curriculum.max_refill": (0, inf),
     "engine.max_running": (1, inf),
     "engine.max_sessions": (1, inf),
     "engine.max_model_tokens": (2, inf),
@@ -76,6 +95,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "evaluation.final_tasks": (1, inf),
     "evaluation.temperature": (0, inf),
     "evaluation.seed": (0, 2**31 - 1),
+    "evaluation.level": (-1, 9),
     "cluster.num_cpus": (0, inf),
     "monitor.log_every": (1, inf),
     "run.checkpoint_every": (1, inf),
@@ -250,6 +270,7 @@ def _combination_problems(config: TrainConfig) -> Iterator[str]:
         yield f"policy.dialect={policy.dialect} needs policy.kind=hf: the hybrid model has only the tiny tokenizer"
     if policy.kind == "hf" and policy.init == "random":
         yield "policy.init=random has no effect: policy.kind=hf brings its weights"
+    yield from _curriculum_problems(config)
     yield from _without_effect(config)
     for failpoint in filter(None, config.run.debug_failpoint.split(",")):
         phase, _, count = failpoint.partition(":")
@@ -260,12 +281,34 @@ def _combination_problems(config: TrainConfig) -> Iterator[str]:
             )
 
 
+def _curriculum_problems(config: TrainConfig) -> Iterator[str]:
+    curriculum = config.curriculum
+    low, high = curriculum.min_level, curriculum.max_level
+    if low > high:
+        yield f"curriculum.min_level={low} must be at most curriculum.max_level={high}"
+    if curriculum.demote >= curriculum.promote:
+        yield f"curriculum.demote={curriculum.demote} must be less than curriculum.promote={curriculum.promote}"
+    if curriculum.sampler == "levels":
+        starts = {f"env.mix.{name}.level": entry.level for name, entry in config.env.mix.items()}
+        for key, level in (starts or {"env.level": config.env.level}).items():
+            if level > high:
+                yield f"{key}={level}, where the curriculum begins, must be at most curriculum.max_level={high}"
+
+
 def _without_effect(config: TrainConfig) -> Iterator[str]:
     """Settings that differ from their default although another setting switches them off.
 
     Not refused: rollout.lock with max_staleness=0, so that a synchronous and an asynchronous run differ in one word.
     """
+    sampler, rises = config.curriculum.sampler, config.curriculum.sampler == "levels"
+    never = f"curriculum.sampler={sampler} does not change the level"
     for off, section, defaults, names, why in (
+        (sampler == "uniform", "env", EnvConfig(), ("level",), "curriculum.sampler=uniform draws all levels"),
+        (config.env.tool_cost == 0, "env", EnvConfig(), ("tool_cost_below",), "env.tool_cost=0"),
+        (not rises, "curriculum", CurriculumConfig(), ("window", "promote", "demote", "floor"), never),
+        (not rises and sampler != "uniform", "curriculum", CurriculumConfig(), ("min_level", "max_level"), never),
+        (sampler != "pool", "curriculum", CurriculumConfig(), ("pool_size",), f"curriculum.sampler={sampler}"),
+        (config.curriculum.gate == "none", "curriculum", CurriculumConfig(), ("max_refill",), "curriculum.gate=none"),
         (bool(config.env.mix), "env", EnvConfig(), ("id", "level", "kwargs"), "env.mix is set: set it on its entries"),
         (config.policy.kind == "hf", "policy", PolicyConfig(), ("preset", "overrides"), "policy.kind=hf"),
         (config.policy.kind == "hybrid", "policy", PolicyConfig(), ("path",), "policy.kind=hybrid"),

@@ -27,7 +27,7 @@ from conf.checks import ENV_ID, ConfigError, check_config, check_machine, leaf_k
 from conf.schema import TrainConfig
 
 CONF_FOLDER = Path(__file__).parent
-GROUPS = ("env", "policy", "engine", "rollout", "learner", "cluster", "monitor", "experiment")
+GROUPS = ("env", "curriculum", "policy", "engine", "rollout", "learner", "cluster", "monitor", "experiment")
 CODE_KEY = re.compile(r"(^|\.)_(target|args|partial|recursive|convert)_$")
 
 

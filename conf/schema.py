@@ -37,8 +37,8 @@ class EnvConfig:
     mix: dict[str, MixEntry] = field(default_factory=dict)
     """Name -> entry; empty = the one environment above."""
     tool_cost: float = 0.0
-    """Learner-side price of tool calls beyond the fewest (by their declared costs, 1 each by default) among the group's
-    correct trajectories. Taken only from correct ones, never enough to make one worth less than a wrong one. 0 = off."""
+    """Learner-side price of tool calls beyond the cheapest (by their declared costs, 1 each by default) among the
+    group's correct trajectories. Taken only from correct ones, never enough to make one worth less than a wrong one. 0 = off."""
     tool_cost_below: float = 0.5
     """The cost is taken only in easy groups: those whose share of wrong trajectories is below this; 1 = in all."""
     # --- advanced ---

@@ -5,54 +5,49 @@ evaluation seed alone. Their problems are compared by digest: a training candida
 over, whatever its seed.
 """
 
-import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
 
+from conf.schema import CurriculumConfig
+from envs.curriculum import Curriculum, Draw, Outcome, TaskEntry, choose_entry, stable_hash
 from envs.outcome import EnvHost
 from envs.task import Task
 
 _BATCH = 64
+_MOST_HELD_OUT = 100 * _BATCH
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TaskEntry:
-    """One environment tasks are drawn from."""
-
-    name: str
-    env_id: str
-    weight: float
-    level: int
-    kwargs: Mapping[str, object]
-
-
-def stable_hash(*parts: object) -> int:
-    """A 63-bit integer that is the same in every process and on every machine."""
-    text = "\x1f".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+def make_task(
+    entries: tuple[TaskEntry, ...], *, split: str, seed: int, counter: int, levels: Sequence[int] = ()
+) -> Task:
+    """Task `counter` of a split: the entry is drawn by weight, the problem's seed by hash. `levels`: the task has one
+    of them, all alike; empty = the entry's own."""
+    entry = choose_entry(entries, split=split, seed=seed, counter=counter)
+    level = levels[stable_hash(split, seed, counter, "level") % len(levels)] if levels else entry.level
+    return _task(Draw(entry=entry, level=level), split=split, seed=seed, counter=counter)
 
 
-def make_task(entries: tuple[TaskEntry, ...], *, split: str, seed: int, counter: int) -> Task:
-    """Task `counter` of a split: the entry is drawn by weight, the problem's seed by hash."""
-    point = stable_hash(split, seed, counter, "entry") / 2**63 * sum(entry.weight for entry in entries)
-    chosen = entries[-1]
-    for entry in entries:
-        point -= entry.weight
-        if point < 0:
-            chosen = entry
-            break
+def _task(draw: Draw, *, split: str, seed: int, counter: int) -> Task:
+    name = draw.entry.name
+    source = counter if draw.problem is None else f"pool {draw.problem}"
     return Task(
-        task_id=f"{split}/{chosen.name}/{counter}",
-        env_id=chosen.env_id,
-        env_name=chosen.name,
-        seed=stable_hash(split, seed, chosen.name, chosen.level, counter) % 2**31,
-        level=chosen.level,
-        kwargs=dict(chosen.kwargs),
+        task_id=f"{split}/{name}/{counter}",
+        env_id=draw.entry.env_id,
+        env_name=name,
+        seed=stable_hash(split, seed, name, draw.level, source) % 2**31,
+        level=draw.level,
+        kwargs=dict(draw.entry.kwargs),
     )
 
 
-async def held_out_tasks(entries: tuple[TaskEntry, ...], host: EnvHost, *, count: int, seed: int) -> dict[str, Task]:
-    """`count` held-out tasks with distinct problems, by digest, in order.
+def counter_of(task: Task) -> int:
+    """Its place among the candidates of its split: ids end in it."""
+    return int(task.task_id.rsplit("/", 1)[1])
+
+
+async def held_out_tasks(
+    entries: tuple[TaskEntry, ...], host: EnvHost, *, count: int, seed: int, levels: Sequence[int] = ()
+) -> dict[str, Task]:
+    """`count` held-out tasks with distinct problems, by digest, in order. `levels`: see `make_task`.
 
     Raises ValueError where an environment has too few distinct problems.
     """
@@ -64,7 +59,7 @@ async def held_out_tasks(entries: tuple[TaskEntry, ...], host: EnvHost, *, count
                 f"only {len(found)} distinct problems in {counter} draws, {count} held-out ones asked for; "
                 f"lower evaluation.tasks and evaluation.final_tasks or raise the level"
             )
-        batch = [make_task(entries, split="eval", seed=seed, counter=counter + i) for i in range(_BATCH)]
+        batch = [make_task(entries, split="eval", seed=seed, counter=counter + i, levels=levels) for i in range(_BATCH)]
         counter += _BATCH
         for task, digest in zip(batch, await host.digests(batch), strict=True):
             if len(found) < count:
@@ -79,36 +74,72 @@ class TaskSource:
     """
 
     def __init__(
-        self, entries: tuple[TaskEntry, ...], host: EnvHost, *, seed: int, held_out: frozenset[str], counter: int = 0
+        self,
+        entries: tuple[TaskEntry, ...],
+        host: EnvHost,
+        *,
+        seed: int,
+        held_out: frozenset[str],
+        counter: int = 0,
+        curriculum: Curriculum | None = None,
     ) -> None:
-        self._entries = entries
+        """`counter`: of the first candidate. Without a `curriculum` each task has its entry's own level."""
+        self.curriculum = curriculum or Curriculum(entries, CurriculumConfig(), seed=seed)
         self._host = host
         self._seed = seed
         self._held_out = held_out
         self._fetched = counter
-        self._ready: list[tuple[int, Task]] = []
+        self._ready: list[tuple[int, Draw, Task]] = []
+        self._problems: dict[str, dict[int, int | None]] = {}
         self.counter = counter
-        """Candidates given out or passed over so far: what a checkpoint stores."""
+        """Candidates given out or passed over so far."""
         self.passed_over = 0
         """Candidates whose problem is held out."""
 
     async def next(self) -> Task:
-        """The next task. Raises ValueError when everything drawn is held out (the problem space is too small)."""
-        draws = 0
+        """The next task, counted as dispatched. Raises ValueError when everything drawn is held out (the problem space
+        is too small)."""
+        candidates = 0
         while not self._ready:
-            batch = [
-                make_task(self._entries, split="train", seed=self._seed, counter=self._fetched + i)
-                for i in range(_BATCH)
-            ]
-            digests = await self._host.digests(batch)
-            for i, (task, digest) in enumerate(zip(batch, digests, strict=True)):
-                if digest in self._held_out:
-                    self.passed_over += 1
-                else:
-                    self._ready.append((self._fetched + i + 1, task))
-            self._fetched += _BATCH
-            draws += 1
-            if draws > 100:
-                raise ValueError(f"{draws * _BATCH} tasks in a row are held out: the environment has too few problems")
-        self.counter, task = self._ready.pop(0)
+            if candidates > _MOST_HELD_OUT:
+                raise ValueError(f"{candidates} tasks in a row are held out: the environment has too few problems")
+            candidates += await self._fetch()
+        counter, draw, task = self._ready.pop(0)
+        self.counter = counter + 1
+        self.curriculum.dispatched(counter, task.env_name, task.level, draw.problem)
         return task
+
+    async def _fetch(self) -> int:
+        """Draw candidates and keep those that are not held out; returns how many were drawn. Draws that go by outcomes
+        are made one at a time, with all the outcomes there are."""
+        counters = range(self._fetched, self._fetched + (1 if self.curriculum.adapts else _BATCH))
+        draws = [self.curriculum.draw(counter) for counter in counters]
+        tasks = [
+            _task(draw, split="train", seed=self._seed, counter=counter)
+            for counter, draw in zip(counters, draws, strict=True)
+        ]
+        digests = await self._host.digests(tasks)
+        for counter, draw, task, digest in zip(counters, draws, tasks, digests, strict=True):
+            if digest in self._held_out:
+                self.passed_over += 1
+            else:
+                self._ready.append((counter, draw, task))
+        self._fetched = counters.stop
+        return len(counters)
+
+    def adopt(self, task: Task) -> None:
+        """Count a task as dispatched that an earlier process was given. Tasks come in the order of their counters."""
+        self.curriculum.dispatched(counter_of(task), task.env_name, task.level, self._problem_of(task))
+
+    def _problem_of(self, task: Task) -> int | None:
+        """Its place in the pool, found by its seed; None for a task of no pool."""
+        if task.env_name not in self._problems:
+            self._problems[task.env_name] = {
+                _task(draw, split="train", seed=self._seed, counter=0).seed: draw.problem
+                for draw in self.curriculum.pool(task.env_name)
+            }
+        return self._problems[task.env_name].get(task.seed)
+
+    def settled(self, task: Task, outcome: Outcome) -> None:
+        """A task given out by `next` has come to its end: trained on, dropped or failed."""
+        self.curriculum.record(counter_of(task), outcome)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rl.advantage import AdvantageFunction, shaped_rewards
+from rl.advantage import AdvantageFunction, ToolPrice, priced_rewards
 from rollout.trajectory import Trajectory, TrajectoryGroup
 
 RowStatus = Literal["trained", "zero_advantage", "excluded", "quarantined"]
@@ -35,6 +35,8 @@ class Row:
     """None where it has no part in its group's statistics: quarantined (bad data), excluded (no reward, or alone)."""
     cause: str = ""
     """Why it is not trained."""
+    paid: float = 0.0
+    """What needless tool calls took from its reward."""
 
     @property
     def is_valid(self) -> bool:
@@ -42,7 +44,7 @@ class Row:
 
 
 def judge_group(
-    group: TrajectoryGroup, advantage: AdvantageFunction, *, tool_cost: float, banned: frozenset[int] = frozenset()
+    group: TrajectoryGroup, advantage: AdvantageFunction, *, price: ToolPrice, banned: frozenset[int] = frozenset()
 ) -> list[Row]:
     """One row per trajectory of the group, in order.
 
@@ -54,21 +56,22 @@ def judge_group(
         t.reward if t.is_trainable and not defect else None
         for t, defect in zip(group.trajectories, defects, strict=True)
     ]
-    call_costs = [float(t.meta.get("tool_cost", 0.0)) for t in group.trajectories]
-    advantages = advantage(shaped_rewards(rewards, call_costs, tool_cost=tool_cost))
+    shaped = priced_rewards(group.trajectories, rewards, price)
+    advantages = advantage(shaped)
     if len(advantages) != len(rewards) or not all(a is None or math.isfinite(a) for a in advantages):
         raise ValueError(
             f"advantage function gave {list(advantages)} for rewards {rewards} of group {group.group_id!r}"
         )
     rows = []
-    for trajectory, defect, value in zip(group.trajectories, defects, advantages, strict=True):
+    for i, (trajectory, defect, value) in enumerate(zip(group.trajectories, defects, advantages, strict=True)):
         if defect:
             rows.append(Row(trajectory=trajectory, status="quarantined", cause=defect))
         elif value is None or not trajectory.is_trainable:
             rows.append(Row(trajectory=trajectory, status="excluded", cause=_why_excluded(trajectory)))
         else:
             status = "trained" if value != 0.0 else "zero_advantage"
-            rows.append(Row(trajectory=trajectory, status=status, advantage=float(value)))
+            paid = (rewards[i] or 0.0) - (shaped[i] or 0.0)
+            rows.append(Row(trajectory=trajectory, status=status, advantage=float(value), paid=paid))
     return rows
 
 

@@ -26,6 +26,7 @@ from conf.schema import TrainConfig
 from envs.task import Task
 from envs.task_source import TaskSource
 from policy.weight_store import WeightSyncError
+from rl.advantage import ToolPrice, has_signal
 from rl.cluster import Cluster
 from rl.evaluate import Evaluation, evaluate
 from rl.monitor import Monitor
@@ -37,6 +38,7 @@ from rollout.lease import NotReady, WorkerLost
 from rollout.ledger import Ledger
 from rollout.recorder import Recorder, TrainedRow
 from rollout.scheduler import Scheduler
+from rollout.signal_gate import SignalGate
 from rollout.staleness import SlotGate, StalenessBound
 from rollout.trajectory import Trajectory, TrajectoryGroup
 
@@ -106,6 +108,7 @@ class Controller:
             ledger=ledger,
             buffer=self._buffer,
             recorder=recorder,
+            signal_gate=_signal_gate(config),
             on_event=monitor.event,
             on_span=monitor.span,
             clock=self._clock,
@@ -299,6 +302,7 @@ class Controller:
                 "step": self.progress.step,
                 "policy_version": self.progress.policy_version,
                 "evaluations": [asdict(evaluation) for evaluation in self.progress.evaluations],
+                "curriculum": self._source.curriculum.state(),
             },
         )
         self._monitor.event("checkpoint", step=self.progress.step, seconds=round(self._clock() - start_s, 3))
@@ -329,6 +333,8 @@ class Controller:
             "faults/redispatched": counters.redispatched,
             "faults/dropped_groups": counters.dropped,
             "workers/healthy": self.fleet.num_healthy,
+            "curriculum/gated_groups": counters.gated,
+            **self._source.curriculum.metrics(),
             **self._selection_bias(trajectories),
         }
         self._monitor.step(self.progress.step, self.progress.policy_version, metrics)
@@ -374,6 +380,14 @@ class Controller:
             for name, total in dispatched.items()
             if total
         }
+
+
+def _signal_gate(config: TrainConfig) -> SignalGate | None:
+    if config.curriculum.gate == "none":
+        return None
+    price = ToolPrice(cost=config.env.tool_cost, below=config.env.tool_cost_below)
+    limit = round(config.curriculum.max_refill * config.rollout.groups_per_step)
+    return SignalGate(lambda group: has_signal(group, price), limit=limit)
 
 
 def _alone(trajectory: Trajectory) -> TrajectoryGroup:

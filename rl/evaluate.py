@@ -37,7 +37,8 @@ class Evaluation:
     tool_calls: float
     """Mean calls per episode."""
     facts: dict[str, float] = field(default_factory=dict)
-    """Shares by fact: "calls/needed", "calls/unneeded" where the environment says whether a tool was needed."""
+    """Shares by fact: "call_rate/needed", "success/unneeded" and their like where the environment says whether a tool
+    was needed; "success/level_5" where the tasks are of several levels."""
 
 
 def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -75,7 +76,7 @@ def summarise(trajectories: Sequence[Trajectory], *, step: int, policy_version: 
         reward=sum(t.reward or 0.0 for t in scored) / max(n, 1),
         turns=sum(t.num_turns for t in scored) / max(n, 1),
         tool_calls=_mean([float(t.meta.get("num_tool_calls", 0)) for t in scored]),
-        facts=_need_facts(scored),
+        facts=_need_facts(scored) | _level_facts(scored),
     )
 
 
@@ -91,6 +92,13 @@ def _need_facts(scored: Sequence[Trajectory]) -> dict[str, float]:
             facts[f"call_rate/{name}"] = _mean([float(t.meta.get("num_tool_calls", 0) > 0) for t in rows])
             facts[f"success/{name}"] = _mean([float(is_success(t)) for t in rows])
     return facts if "call_rate/unneeded" in facts else {}
+
+
+def _level_facts(scored: Sequence[Trajectory]) -> dict[str, float]:
+    levels = sorted({t.task.level for t in scored})
+    if len(levels) < 2:
+        return {}
+    return {f"success/level_{n}": _mean([float(is_success(t)) for t in scored if t.task.level == n]) for n in levels}
 
 
 async def evaluate(
@@ -152,7 +160,7 @@ def main(run: str, *, overrides: Sequence[str] = (), root: str = "runs", as_json
 async def _evaluate_run(config: TrainConfig, path: Path) -> Evaluation:
     from rl.checkpoint import load_latest
     from rl.cluster import start_cluster
-    from rl.train import task_entries
+    from rl.train import evaluation_levels, task_entries
 
     checkpoint = load_latest(path / "checkpoints")
     cluster = await start_cluster(config, path)
@@ -161,7 +169,11 @@ async def _evaluate_run(config: TrainConfig, path: Path) -> Evaluation:
         snapshot = await cluster.learner.snapshot()
         await asyncio.gather(*(worker.load_weights(snapshot) for worker in cluster.workers))
         tasks = await held_out_tasks(
-            task_entries(config), cluster.host, count=config.evaluation.final_tasks, seed=config.evaluation.seed
+            task_entries(config),
+            cluster.host,
+            count=config.evaluation.final_tasks,
+            seed=config.evaluation.seed,
+            levels=evaluation_levels(config),
         )
         evaluation, _ = await evaluate(
             cluster.workers,

@@ -22,7 +22,7 @@ from conf.schema import LearnerConfig
 from policy.checkpoint_io import load_numpy_tensors, to_numpy_tensors
 from policy.model import PolicyModel
 from policy.weight_store import PolicySnapshot
-from rl.advantage import ADVANTAGES
+from rl.advantage import ADVANTAGES, ToolPrice
 from rl.batch import Row, judge_group, pack, token_weights
 from rl.choice import choose
 from rl.gradient import Accumulated, RowValues, accumulate, score_rows
@@ -77,7 +77,7 @@ class Learner:
         max_staleness: int,
         groups_per_step: int,
         banned_token_ids: Sequence[int],
-        tool_cost: float,
+        price: ToolPrice,
         engine_tolerance: float,
         horizon: int,
     ) -> None:
@@ -93,7 +93,7 @@ class Learner:
         self._bound = StalenessBound(max_staleness=max_staleness, groups_per_step=groups_per_step)
         self._total_updates = total_steps * config.updates_per_step
         self._banned = tuple(banned_token_ids)
-        self._tool_cost = tool_cost
+        self._price = price
         self._tolerance = config.self_check_tolerance or engine_tolerance
         self._horizon = horizon
         self._advantage = choose("advantage", config.loss.advantage, ADVANTAGES)
@@ -110,8 +110,7 @@ class Learner:
         version = self.policy_version
         self._check_staleness(groups)
         judged = [
-            judge_group(group, self._advantage, tool_cost=self._tool_cost, banned=frozenset(self._banned))
-            for group in groups
+            judge_group(group, self._advantage, price=self._price, banned=frozenset(self._banned)) for group in groups
         ]
         rows = [row for group_rows in judged for row in group_rows]
         scores = {} if self._self_checked else self._self_check(rows)

@@ -12,6 +12,7 @@ from policy.hf_model import load_policy_model
 from policy.initial import load_initial_weights
 from policy.local_engine import LOGPROB_TOLERANCE
 from policy.weight_store import PolicySnapshot
+from rl.advantage import ToolPrice
 from rl.checkpoint import read_checkpoint, save_checkpoint
 from rl.learner import Learner
 from rl.report import LearnerReport
@@ -33,7 +34,7 @@ def build_learner(config: TrainConfig) -> Learner:
         max_staleness=config.rollout.max_staleness,
         groups_per_step=config.rollout.groups_per_step,
         banned_token_ids=make_renderer(config.policy).banned_token_ids,
-        tool_cost=config.env.tool_cost,
+        price=ToolPrice(cost=config.env.tool_cost, below=config.env.tool_cost_below),
         engine_tolerance=LOGPROB_TOLERANCE,
         horizon=config.engine.max_model_tokens,
     )

@@ -25,6 +25,7 @@ def check_parts(config: TrainConfig, *, trains: bool = True) -> None:
     entries = {f"env.mix.{name}": entry for name, entry in env.mix.items()} or {"env": env}
     for key, entry in entries.items():
         _check_environment(entry.id, entry.kwargs, entry.level, key)
+        _check_levels(config, entry.id)
         _check_images(entry.id, config.policy, key)
     if config.policy.kind == "hybrid":
         _check_preset(config.policy.preset, config.policy.overrides)
@@ -64,6 +65,17 @@ def _check_images(env_id: str, policy: PolicyConfig, key: str) -> None:
             f"{key}.id={env_id} shows images, but a policy of kind {policy.kind!r} with dialect {policy.dialect!r} "
             "reads text only, and there is no policy with vision yet. Choose an environment of text: shoal env list"
         )
+
+
+def _check_levels(config: TrainConfig, env_id: str) -> None:
+    """Levels beside env.level that the environment would be asked for."""
+    asked = {"evaluation.level": config.evaluation.level}
+    if config.curriculum.sampler in ("uniform", "levels"):
+        asked["curriculum.max_level"] = config.curriculum.max_level
+    highest = find_class(env_id).levels - 1
+    for key, level in asked.items():
+        if level > highest:
+            raise ConfigError(f"{key}={level} is out of range: {env_id} has levels 0 to {highest}")
 
 
 def _check_preset(preset: str, overrides: Mapping[str, Any]) -> None:

@@ -59,6 +59,7 @@ def group_metrics(groups: Sequence[TrajectoryGroup], rows: "Sequence[Row]") -> d
         "episode/tokens/mean": _mean(len(t.token_ids) for t in valid),
         "tool/calls_mean": _mean(t.meta.get("num_tool_calls", 0) for t in valid),
         "env/error_ratio": _mean(t.stop_reason == StopReason.ENV_ERROR for t in everything),
+        **_tool_metrics(rows),
         "trainer/tokens": float(sum(row.trajectory.num_sampled_tokens for row in rows if row.status == "trained")),
     }
     for name in sorted({t.task.env_name for t in valid}):
@@ -70,6 +71,30 @@ def group_metrics(groups: Sequence[TrajectoryGroup], rows: "Sequence[Row]") -> d
     for status, count in Counter(row.status for row in rows).items():
         metrics[f"rows/{status}"] = float(count)
     return metrics | _group_shares(groups, {row.trajectory.trajectory_id for row in rows if row.is_valid})
+
+
+def _tool_metrics(rows: "Sequence[Row]") -> dict[str, float]:
+    """How tools were used. Over-use and under-use are known where environments say whether a task needs a tool."""
+    valid = [row.trajectory for row in rows if row.is_valid]
+    calls = sum(t.meta.get("num_tool_calls", 0) for t in valid)
+    correct = [t.reward is not None and t.reward >= 1.0 - EQUAL for t in valid]
+    called = [t.meta.get("num_tool_calls", 0) > 0 for t in valid]
+    needed = [t.meta.get("needs_tool") for t in valid]
+    metrics = {
+        "tool/productivity": sum(correct) / calls if calls else 0.0,
+        "tool/error_ratio": sum(t.meta.get("num_tool_errors", 0) for t in valid) / calls if calls else 0.0,
+        "tool/cost_share": _share(sum(row.paid for row in rows), sum(t.reward or 0.0 for t in valid)),
+    }
+    if any(need is not None for need in needed):
+        metrics["tool/overuse"] = _mean(c for c, need in zip(called, needed, strict=True) if need is False)
+        metrics["tool/underuse"] = _mean(
+            not c and not right for c, right, need in zip(called, correct, needed, strict=True) if need is True
+        )
+    return metrics
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0
 
 
 def _group_shares(groups: Sequence[TrajectoryGroup], valid_ids: set[str]) -> dict[str, float]:

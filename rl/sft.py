@@ -21,14 +21,16 @@ import torch
 import torch.nn.functional as F
 from safetensors.numpy import save
 
+from conf.checks import ConfigError
 from conf.loading import resolved_yaml
 from conf.schema import OptimizerConfig, SftConfig, TrainConfig
 from envs.base import AgentEnv
+from envs.curriculum import Curriculum, stable_hash
 from envs.demonstration import Demonstration, ademonstrate
 from envs.pool import EnvPool
 from envs.registry import make_env
 from envs.task import Task
-from envs.task_source import TaskSource, held_out_tasks, stable_hash
+from envs.task_source import TaskSource, held_out_tasks
 from policy.checkpoint_io import to_numpy_tensors
 from policy.hf_model import load_policy_model
 from policy.initial import load_initial_weights
@@ -36,7 +38,7 @@ from policy.model import PolicyModel
 from rl.batch import pack
 from rl.optimizer import build_optimizer, learning_rate, set_learning_rate
 from rl.run_folder import RunFolder
-from rl.train import task_entries
+from rl.train import evaluation_levels, task_entries
 from rollout.renderer import Renderer, make_renderer
 
 GRAD_CLIP = 1.0
@@ -192,11 +194,20 @@ def _write_whole(path: Path, data: bytes) -> None:
 
 async def training_tasks(config: TrainConfig, count: int) -> list[Task]:
     """`count` training tasks, none of which is held out by an evaluation of this config."""
+    if config.curriculum.sampler not in ("fixed", "uniform"):
+        raise ConfigError(
+            f"curriculum.sampler={config.curriculum.sampler!r} needs rewards, which demonstrations do not have. "
+            "Allowed here: fixed, uniform"
+        )
     entries = task_entries(config)
     pool = EnvPool(reset_timeout_s=config.env.reset_timeout_s)
     num_held_out = max(config.evaluation.final_tasks, config.evaluation.tasks)
-    held_out = await held_out_tasks(entries, pool, count=num_held_out, seed=config.evaluation.seed)
-    source = TaskSource(entries, pool, seed=stable_hash("sft", config.seed) % 2**31, held_out=frozenset(held_out))
+    held_out = await held_out_tasks(
+        entries, pool, count=num_held_out, seed=config.evaluation.seed, levels=evaluation_levels(config)
+    )
+    seed = stable_hash("sft", config.seed) % 2**31
+    curriculum = Curriculum(entries, config.curriculum, seed=seed)
+    source = TaskSource(entries, pool, seed=seed, held_out=frozenset(held_out), curriculum=curriculum)
     return [await source.next() for _ in range(count)]
 
 

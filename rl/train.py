@@ -16,9 +16,10 @@ from typing import Any
 
 from conf.loading import read_config, resolved_yaml
 from conf.schema import TrainConfig
+from envs.curriculum import Curriculum, Outcome, TaskEntry
 from envs.registry import environment_facts
 from envs.task import Task
-from envs.task_source import TaskEntry, TaskSource, held_out_tasks
+from envs.task_source import TaskSource, counter_of, held_out_tasks
 from rl.checkpoint import Checkpoint, CheckpointError, load_latest
 from rl.cluster import Cluster, start_cluster
 from rl.controller import Controller, Progress
@@ -29,6 +30,7 @@ from rl.run_folder import RunFolder, RunFolderError, RunStatus
 from rl.transcript import transcript_text
 from rollout.ledger import GroupState, Ledger
 from rollout.recorder import Recorder, TrajectoryReader
+from rollout.scheduler import outcome_of
 from rollout.trajectory import TrajectoryGroup
 
 DRIVER_LOG = "driver.log"
@@ -136,7 +138,7 @@ async def _main(
         if resumed:
             left = await _restore(folder, cluster, ledger, recorder, checkpoint)
             monitor.event("resumed", step=left.progress.step, committed=len(left.committed), queued=len(left.queued))
-        controller = await _assemble(config, folder, monitor, cluster, ledger, recorder, left.progress)
+        controller = await _assemble(config, folder, monitor, cluster, ledger, recorder, left)
         _stop_on_signals(controller)
         ready_s = time.monotonic()
         await controller.run(queued=left.queued, committed=left.committed)
@@ -158,15 +160,26 @@ async def _assemble(
     cluster: Cluster,
     ledger: Ledger,
     recorder: Recorder,
-    progress: Progress,
+    left: "Leftover",
 ) -> Controller:
     entries = task_entries(config)
     during = config.evaluation.tasks if config.evaluation.every else 0  # what is held out is missing in training
     count = max(config.evaluation.final_tasks, during)
-    held_out = await held_out_tasks(entries, cluster.host, count=count, seed=config.evaluation.seed)
-    source = TaskSource(
-        entries, cluster.host, seed=config.seed, held_out=frozenset(held_out), counter=next_counter(ledger)
+    held_out = await held_out_tasks(
+        entries, cluster.host, count=count, seed=config.evaluation.seed, levels=evaluation_levels(config)
     )
+    curriculum = Curriculum(entries, config.curriculum, seed=config.seed)
+    if left.curriculum is not None:
+        curriculum.load_state(left.curriculum)
+    source = TaskSource(
+        entries,
+        cluster.host,
+        seed=config.seed,
+        held_out=frozenset(held_out),
+        counter=next_counter(ledger),
+        curriculum=curriculum,
+    )
+    catch_up(source, ledger, left.ended)
     return Controller(
         config,
         cluster=cluster,
@@ -176,14 +189,37 @@ async def _assemble(
         recorder=recorder,
         source=source,
         held_out=held_out,
-        progress=progress,
+        progress=left.progress,
     )
 
 
+def evaluation_levels(config: TrainConfig) -> range:
+    """Levels of held-out tasks; empty = each environment's own."""
+    if config.evaluation.level >= 0:
+        return range(config.evaluation.level, config.evaluation.level + 1)
+    if config.curriculum.sampler in ("uniform", "levels"):
+        return range(config.curriculum.min_level, config.curriculum.max_level + 1)
+    return range(0)
+
+
 def next_counter(ledger: Ledger) -> int:
-    """Counter of the first training task never issued: ids end in their counter."""
+    """Counter of the first training task never issued."""
     last = ledger.last_issued()
-    return int(last.task_id.rsplit("/", 1)[1]) + 1 if last else 0
+    return counter_of(last) + 1 if last else 0
+
+
+def catch_up(source: TaskSource, ledger: Ledger, ended: Sequence[TrajectoryGroup]) -> None:
+    """Tell a curriculum what happened since its checkpoint: groups that were issued, and those that came to an end.
+
+    Groups that are queued again or wait for the learner unread stay open: they are settled when they end anew.
+    """
+    states = {state: ledger.tasks_in(state) for state in GroupState}
+    for task in sorted((task for tasks in states.values() for task in tasks), key=counter_of):
+        source.adopt(task)
+    for group in ended:
+        source.settled(group.task, outcome_of(group))
+    for task in states[GroupState.DROPPED] + states[GroupState.CONSUMED]:
+        source.settled(task, Outcome())  # of those not settled yet: nothing is left to judge them by
 
 
 @dataclass(kw_only=True, slots=True)
@@ -193,6 +229,10 @@ class Leftover:
     progress: Progress = field(default_factory=Progress)
     queued: list[Task] = field(default_factory=list)
     committed: list[TrajectoryGroup] = field(default_factory=list)
+    curriculum: dict[str, Any] | None = None
+    """Its state at the checkpoint."""
+    ended: list[TrajectoryGroup] = field(default_factory=list)
+    """Groups whose outcome stands: committed, or dropped with trajectories."""
 
 
 async def _restore(
@@ -211,11 +251,13 @@ async def _restore(
             policy_version=await cluster.learner.restore(str(checkpoint.path)),
             evaluations=[Evaluation(**row) for row in state["evaluations"]],
         )
+        left.curriculum = state.get("curriculum")  # missing in checkpoints of version 0.1
     ledger.rewind(left.progress.step)
     recorder.rewind(left.progress.step)
     recorder.flush(60.0)
     with closing(TrajectoryReader(folder.trajectories)) as reader:
         stored = {group.group_id: group for group in reader.groups("committed")}
+        dropped = {group.group_id: group for group in reader.groups("dropped")}
     for task in ledger.tasks_in(GroupState.COMMITTED):
         group = stored.get(task.task_id)
         if group is None or max(t.max_policy_version for t in group.trajectories) > left.progress.policy_version:
@@ -223,6 +265,8 @@ async def _restore(
         else:
             left.committed.append(group)
     left.queued = ledger.tasks_in(GroupState.QUEUED)
+    gone = {task.task_id for task in ledger.tasks_in(GroupState.DROPPED)}
+    left.ended = [*left.committed, *(group for group_id, group in dropped.items() if group_id in gone)]
     return left
 
 

@@ -5,6 +5,8 @@ Invariants
 - Every issued group ends consumed or dropped with a reason, whatever workers do: a lost lease is given out again under
   a new attempt, and a late result of an old attempt is refused by the ledger.
 - A group is leased only to a worker that serves at least the version published when the group was admitted.
+- Every issued group's outcome is told to the task source, once, whatever it was.
+- A group without a learning signal may be dropped at its commit (rollout/signal_gate.py); another takes its place.
 - A run whose groups mostly fail ends (`GroupsFailing`): dropped groups are replaced by new ones, for ever otherwise.
 
 Loops
@@ -18,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from conf.schema import RolloutConfig
+from envs.curriculum import Outcome
 from envs.task import Task
 from envs.task_source import TaskSource
 from rollout.buffer import GroupBuffer
@@ -25,6 +28,7 @@ from rollout.fleet import Fleet
 from rollout.lease import Lease, NotReady, WorkerLost
 from rollout.ledger import Ledger
 from rollout.recorder import Recorder, group_digest
+from rollout.signal_gate import SignalGate
 from rollout.staleness import SlotGate
 from rollout.trajectory import StopReason, TrajectoryGroup
 
@@ -32,6 +36,10 @@ WATCHED_GROUPS = 40
 """A run stops when more than half of its last this many groups were dropped; 21 in a row suffice."""
 NOT_RETRIED = ("env_error", "no_tokens")
 """Causes that another attempt would meet again; also reasons of a drop."""
+NO_SIGNAL = "zero_variance"
+"""Reason of a drop by the signal gate."""
+SOLVED = 1.0 - 1e-6
+"""Reward from which a trajectory counts as solved."""
 
 
 class GroupsFailing(RuntimeError):
@@ -46,6 +54,9 @@ class RolloutCounters:
     committed: int = 0
     redispatched: int = 0
     dropped: int = 0
+    """Failed for good. What the signal gate dropped is not among them."""
+    gated: int = 0
+    """Dropped by the signal gate."""
     dispatched_length: float = 0.0
     """Sum over committed trajectories of sampled tokens: with the trained sum it shows selection bias."""
     dispatched_reward: float = 0.0
@@ -67,6 +78,7 @@ class Scheduler:
         ledger: Ledger,
         buffer: GroupBuffer,
         recorder: Recorder,
+        signal_gate: SignalGate | None,
         on_event: Callable[..., None],
         on_span: Callable[[str, str, float, float], None],
         clock: Callable[[], float],
@@ -79,6 +91,7 @@ class Scheduler:
         self._ledger = ledger
         self._buffer = buffer
         self._recorder = recorder
+        self._signal_gate = signal_gate
         self._on_event = on_event
         self._on_span = on_span
         self._clock = clock
@@ -126,6 +139,8 @@ class Scheduler:
             self._gate.consumed(group_id, at_step)
         self._finished += len(group_ids)
         self._open -= len(group_ids)
+        if self._signal_gate is not None:
+            self._signal_gate.step_done()
 
     @property
     def num_alive(self) -> int:
@@ -193,12 +208,16 @@ class Scheduler:
                     return await self._settle(group)
             if self._retry(task, attempt, cause):
                 continue
-            return await self._drop(task.task_id, cause, problem, group)
+            return await self._drop(task, cause, problem, group)
 
     async def _settle(self, group: TrajectoryGroup) -> None:
-        """Commit a group and hand it to the learner."""
-        if not self._ledger.commit(group.group_id, group.attempt, group_digest(group)):
-            return  # refused as late or double: the attempt that counts is elsewhere
+        """Commit a group and hand it to the learner, unless it teaches nothing and the gate refuses it."""
+        with self._ledger.batch():
+            if not self._ledger.commit(group.group_id, group.attempt, group_digest(group)):
+                return  # refused as late or double: the attempt that counts is elsewhere
+            if refused := self._refused(group):
+                self._ledger.drop(group.group_id, NO_SIGNAL)
+        self._source.settled(group.task, outcome_of(group))
         self._recorder.write([group], split="train")
         self._recently_dropped.append(False)
         self.counters.committed += 1
@@ -208,7 +227,29 @@ class Scheduler:
                 self.counters.dispatched_length += trajectory.num_sampled_tokens
                 self.counters.dispatched_reward += trajectory.reward or 0.0
                 self.counters.dispatched_seconds += trajectory.seconds
-        await self._buffer.put(group)
+        if refused:
+            self.counters.gated += 1
+            self._recorder.mark_dropped([group.group_id], NO_SIGNAL)
+            await self._give_up(group.group_id)
+        else:
+            await self._buffer.put(group)
+
+    def _refused(self, group: TrajectoryGroup) -> bool:
+        if self._signal_gate is None:
+            return False
+        before = self._signal_gate.exhausted_steps
+        refused = self._signal_gate.refuses(group)
+        if self._signal_gate.exhausted_steps > before:
+            limit, step = self._signal_gate.limit, self._published_step
+            self._on_event("refill_exhausted", group=group.group_id, refused=limit, published_step=step)
+        return refused
+
+    async def _give_up(self, group_id: str) -> None:
+        """Free the slot of a group that the ledger says is dropped, and ask for another."""
+        self._gate.dropped(group_id)
+        self._open -= 1
+        await self._buffer.drop(group_id)
+        self._wake.set()
 
     def _retry(self, task: Task, attempt: int, cause: str) -> bool:
         """Give the lease back for another attempt, unless they are used up or could not help."""
@@ -219,15 +260,15 @@ class Scheduler:
         self._on_event("redispatched", group=task.task_id, attempt=attempt, cause=cause)
         return True
 
-    async def _drop(self, group_id: str, cause: str, problem: str, group: TrajectoryGroup | None) -> None:
+    async def _drop(self, task: Task, cause: str, problem: str, group: TrajectoryGroup | None) -> None:
+        group_id = task.task_id
         reason = cause if cause in NOT_RETRIED else "attempts"
         self._ledger.drop(group_id, reason)
         if group is not None:
             self._recorder.write([group], split="train")
             self._recorder.mark_dropped([group_id], reason)
-        self._gate.dropped(group_id)
-        self._open -= 1
-        await self._buffer.drop(group_id)
+        self._source.settled(task, outcome_of(group) if group is not None else Outcome())
+        await self._give_up(group_id)
         self.counters.dropped += 1
         self._on_event("dropped", group=group_id, reason=reason, cause=cause, error=problem)
         self.last_problem = f"{cause}: {problem}"
@@ -238,7 +279,6 @@ class Scheduler:
                 f"{sum(self._recently_dropped)} of the last {len(self._recently_dropped)} groups could not be trained "
                 f"on, the last for {self.last_problem}{shown}"
             )
-        self._wake.set()
 
     async def close(self) -> None:
         """Stop every running group. Their leases stay in the ledger and are given out again on resume."""
@@ -246,6 +286,12 @@ class Scheduler:
         for work in works:
             work.cancel()
         await asyncio.gather(*works, return_exceptions=True)
+
+
+def outcome_of(group: TrajectoryGroup) -> Outcome:
+    """What the curriculum learns of a group. A failed trajectory was dispatched like the others and is not solved."""
+    solved = sum(reward is not None and reward >= SOLVED for reward in group.rewards)
+    return Outcome(success=solved / len(group.trajectories), flat=group.is_degenerate)
 
 
 def _why_untrainable(group: TrajectoryGroup) -> tuple[str, str]:

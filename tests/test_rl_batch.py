@@ -10,7 +10,7 @@ import torch
 from conf.schema import LossConfig
 from policy.hybrid import HybridModel
 from policy.logprobs import token_logprobs
-from rl.advantage import dr_grpo, grpo
+from rl.advantage import ToolPrice, dr_grpo, grpo
 from rl.batch import Row, collate, judge_group, pack, token_weights
 from rl.gradient import RowValues, accumulate, score_rows
 from rl.loss import LOSSES
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def judged(*trajectories: Trajectory, tool_cost: float = 0.0, banned: frozenset[int] = frozenset()) -> list[Row]:
-    return judge_group(make_group(trajectories), dr_grpo, tool_cost=tool_cost, banned=banned)
+    return judge_group(make_group(trajectories), dr_grpo, price=ToolPrice(cost=tool_cost), banned=banned)
 
 
 # --- who is trained
@@ -53,7 +53,7 @@ def test_after_random_failures_the_survivors_train_as_their_own_group() -> None:
             make_trajectory(r) if ok else make_trajectory(None, stop_reason=StopReason.INFRA_ERROR)
             for r, ok in zip(rewards, alive, strict=True)
         ]
-        rows = judge_group(make_group(trajectories), grpo, tool_cost=0.0)
+        rows = judge_group(make_group(trajectories), grpo, price=ToolPrice())
         survivors = grpo([r for r, ok in zip(rewards, alive, strict=True) if ok])
         assert [row.advantage for row, ok in zip(rows, alive, strict=True) if ok] == survivors
         assert not any(row.status == "trained" for row, ok in zip(rows, alive, strict=True) if not ok)
@@ -100,7 +100,7 @@ def test_the_price_of_calls_gives_an_all_correct_group_a_signal() -> None:
 @pytest.mark.parametrize("wrong", [lambda rewards: [0.0], lambda rewards: [float("nan")] * len(rewards)])
 def test_an_own_advantage_function_that_breaks_the_contract_is_named(wrong) -> None:
     with pytest.raises(ValueError, match="group 'g'"):
-        judge_group(make_group([make_trajectory(1.0), make_trajectory(0.0)]), wrong, tool_cost=0.0)
+        judge_group(make_group([make_trajectory(1.0), make_trajectory(0.0)]), wrong, price=ToolPrice())
 
 
 # --- weights
@@ -206,7 +206,7 @@ def sixteen_rows() -> tuple[HybridModel, list[Row]]:
     rng = np.random.default_rng(2)
     trajectories = [random_trajectory(rng, float(i % 3)) for i in range(16)]
     other = with_logprobs_of(tiny_model(seed=1), trajectories)  # sampled by other weights: ratios far from 1
-    return model, judge_group(make_group(other), grpo, tool_cost=0.0)
+    return model, judge_group(make_group(other), grpo, price=ToolPrice())
 
 
 @pytest.mark.parametrize("normalise", ["token", "sequence", "horizon"])

@@ -12,6 +12,7 @@ import torch
 from conf.schema import LearnerConfig, LossConfig, OptimizerConfig
 from policy.checkpoint_io import expected_tensors
 from policy.hybrid import HybridModel
+from rl.advantage import ToolPrice
 from rl.learner import Learner, LearnerError, SelfCheckError
 from rl.loss import LossInputs
 from rl.optimizer import build_optimizer, learning_rate, parameter_groups
@@ -46,7 +47,7 @@ def make_learner(
         max_staleness=max_staleness,
         groups_per_step=2,
         banned_token_ids=banned,
-        tool_cost=tool_cost,
+        price=ToolPrice(cost=tool_cost),
         engine_tolerance=1e-3,
         horizon=64,
     )
