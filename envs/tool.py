@@ -4,13 +4,14 @@ import inspect
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import Any, TypeVar, get_type_hints, overload
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic.errors import PydanticUserError
 
+from envs import json_schema
 from envs.errors import BadArguments, MalformedEnvironment
 from envs.message import ImagePart, ToolSpec
 
@@ -68,10 +69,18 @@ class Tool:
     spec: ToolSpec
     function: Callable[..., Any]
     """Synchronous or async; takes the parameters by keyword."""
-    model: type[BaseModel]
-    """Checks and converts arguments; field i is the i-th parameter."""
-    parameter_names: tuple[str, ...]
-    options: ToolOptions
+    parse: Callable[[dict[str, Any]], dict[str, Any]]
+    """Converts a policy's arguments by the schema, or raises BadArguments.
+
+    Text is what untyped dialects send: "7" becomes 7 for an integer, "[1, 2]" a list for a list; a parameter that takes
+    text keeps the text, also "null" and "75001".
+    """
+    options: ToolOptions = field(default_factory=ToolOptions)
+
+    @staticmethod
+    def from_schema(spec: ToolSpec, function: Callable[..., Any]) -> "Tool":
+        """A tool whose schema was written elsewhere. Raises MalformedEnvironment where the schema is invalid."""
+        return Tool(spec=spec, function=function, parse=json_schema.parser_of(spec.name, spec.parameters))
 
     @staticmethod
     def from_function(function: Callable[..., Any], *, is_method: bool = False) -> "Tool":
@@ -90,35 +99,9 @@ class Tool:
         return Tool(
             spec=ToolSpec(name=name, description=description, parameters=schema),
             function=function,
-            model=model,
-            parameter_names=tuple(parameter.name for parameter in parameters),
+            parse=partial(_parse, model, tuple(parameter.name for parameter in parameters), schema["properties"]),
             options=getattr(function, _MARK, ToolOptions()),
         )
-
-    def parse(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Convert a policy's arguments by the schema, or raise BadArguments.
-
-        Text is what untyped dialects send: "7" becomes 7 for an integer, "[1, 2]" a list for a list; a parameter
-        that takes text keeps the text, also "null" and "75001".
-        """
-        try:
-            parsed = self.model.model_validate(arguments)
-        except ValidationError as error:
-            try:
-                parsed = self.model.model_validate(_read_json_where_wrong(arguments, error))
-            except ValidationError:
-                raise BadArguments(self._complaint(error)) from None
-        return {name: getattr(parsed, f"arg{index}") for index, name in enumerate(self.parameter_names)}
-
-    def _complaint(self, error: ValidationError) -> str:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        name = str(first["loc"][0])[:_SHOWN_NAME_CHARS] if first["loc"] else "arguments"
-        if first["type"] == "missing":
-            return f"missing {name}"
-        if first["type"] == "extra_forbidden":
-            return f"no argument {name}"
-        wanted = self.spec.parameters["properties"].get(name, {}).get("type")
-        return f"{name} must be {wanted}" if wanted else f"bad {name}"
 
 
 @cache
@@ -175,18 +158,33 @@ def _arguments_model(name: str, parameters: list[inspect.Parameter], hints: dict
     return create_model(name, __config__=config, **fields)
 
 
+def _parse(
+    model: type[BaseModel], names: tuple[str, ...], properties: dict[str, Any], arguments: dict[str, Any]
+) -> dict[str, Any]:
+    try:
+        parsed = model.model_validate(arguments)
+    except ValidationError as error:
+        try:
+            parsed = model.model_validate(_read_json_where_wrong(arguments, error))
+        except ValidationError:
+            raise BadArguments(_complaint(error, properties)) from None
+    return {name: getattr(parsed, f"arg{index}") for index, name in enumerate(names)}
+
+
+def _complaint(error: ValidationError, properties: dict[str, Any]) -> str:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    name = str(first["loc"][0])[:_SHOWN_NAME_CHARS] if first["loc"] else "arguments"
+    if first["type"] == "missing":
+        return f"missing {name}"
+    if first["type"] == "extra_forbidden":
+        return f"no argument {name}"
+    wanted = properties.get(name, {}).get("type")
+    return f"{name} must be {wanted}" if wanted else f"bad {name}"
+
+
 def _read_json_where_wrong(arguments: dict[str, Any], error: ValidationError) -> dict[str, Any]:
     wrong = {str(item["loc"][0]) for item in error.errors(include_url=False) if item["loc"]}
-    return {name: _read_json(value) if name in wrong else value for name, value in arguments.items()}
-
-
-def _read_json(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        return value
+    return {name: json_schema.read_json(value) if name in wrong else value for name, value in arguments.items()}
 
 
 def _without_titles(schema: Any) -> Any:
