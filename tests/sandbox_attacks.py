@@ -1,0 +1,99 @@
+"""Attacks on the sandbox, and a runner for them that any Python can start: `python -m tests.sandbox_attacks KIND`.
+
+The value of an attack's last line is True where it succeeded. Each succeeds with sandbox=none, or its test says
+nothing. They do no harm there: what they kill, fork or overwrite is the runner's own.
+"""
+
+import asyncio
+import json
+import os
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+from envs.sandbox import Limits, open_sandbox
+
+LIBC = "import ctypes, os; libc = ctypes.CDLL(None, use_errno=True)\n"
+ATTACKS = {
+    "read a secret file": "open('{secret}').read() == 'secret'",
+    "list the root": "import os; 'etc' in os.listdir('/')",
+    "list other runs": "import os; len(os.listdir('..')) > 0",
+    "read the parent's environment": "b'TOKEN=secret' in open('/proc/{pid}/environ', 'rb').read()",
+    "open the parent's memory": "open('/proc/{pid}/mem', 'rb').fileno() > 0",
+    "write outside": "open('{outside}/new', 'w').write('x') == 1",
+    "truncate outside": "import os; os.truncate('{outside}/victim', 0) is None",
+    "truncate by opening": "import os; os.open('{outside}/victim', os.O_RDONLY | os.O_TRUNC) > 0",
+    "chmod outside": "import os; os.chmod('{outside}/victim', 0o777) is None",
+    "set times outside": "import os; os.utime('{outside}/victim', (1, 1)) is None",
+    "set attributes outside": "import os; os.setxattr('{outside}/victim', 'user.a', b'x') is None",
+    "remove outside": "import os; os.remove('{outside}/spare') is None",
+    "connect by TCP": "import socket; socket.create_connection(('127.0.0.1', {port}), 1).fileno() > 0",
+    "listen on TCP": "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen(); True",
+    "send by UDP": "import socket; socket.socket(2, 2).sendto(b'x', ('127.0.0.1', {port})) == 1",
+    "connect to a unix socket": "import socket; s = socket.socket(1, 1); s.connect('{outside}/socket'); True",
+    "connect to an abstract socket": "import socket; s = socket.socket(1, 1); s.connect('\\0shoal-{pid}'); True",
+    "kill the parent": "import os; os.kill({pid}, 23) is None",  # SIGURG, ignored by default
+    "kill the zygote": "import os; os.kill(os.getppid(), 23) is None",
+    "kill everything": "import os; os.kill(-1, 0) is None",
+    "signal through F_SETOWN": "import fcntl, os; fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, {pid}) is not None",
+    "choose a signal for F_SETOWN": "import fcntl, os; fcntl.fcntl(os.pipe()[0], 10, 23) is not None",
+    "open a pidfd": "import os; os.pidfd_open({pid}) > 0",
+    "trace": LIBC + "libc.ptrace(0, 0, 0, 0) == 0",
+    "read another's memory": LIBC + "libc.process_vm_readv(os.getpid(), None, 0, None, 0, 0) == 0",
+    "fork": "import os; pid = os.fork(); pid or os._exit(0); pid > 0",
+    "fork bomb": "import os, time\nfor _ in range(30):\n    if os.fork() == 0: time.sleep(20); os._exit(0)\nTrue",
+    "start a program": "import subprocess; subprocess.run(['/bin/true']).returncode == 0",
+    "start a thread": "import threading; threading.Thread(target=print).start() is None",
+    "leave an orphan": "import os, time\nif os.fork() == 0:\n    os.setsid(); time.sleep(0.2)\n"
+    "    open('{outside}/orphan', 'w').close(); os._exit(0)\nTrue",
+    "use 600 MB": "len(bytearray(b'x') * (600 << 20)) > 0",
+    "use 2 s of processor": "import time\nwhile time.process_time() < 2: pass\nTrue",
+    "raise a limit": "import resource; resource.setrlimit(resource.RLIMIT_CPU, (500, 600)) is None",
+    "follow a symbolic link": "import os; os.symlink('{secret}', 'link'); open('link').read() == 'secret'",
+    "make a hard link": "import os; os.link('{secret}', 'hard'); True",
+    "make a pipe in a folder": "import os; os.mkfifo('fifo') is None",
+    "make a folder": "import os; os.mkdir('folder') is None",
+    "memfd": "import os; os.memfd_create('x') > 0",
+    "user namespace": LIBC + "libc.unshare(0x10000000) == 0",
+    "io_uring": LIBC + "libc.syscall(425, 4, ctypes.create_string_buffer(120)) > 0",
+    "shared memory": LIBC + "libc.shmget(0, 4096, 0o1600) >= 0 and libc.shmctl(libc.shmget(0, 64, 0o1600), 0, 0) == 0",
+}
+LIMITS = Limits(wall_s=6.0, cpu_s=1)
+
+
+async def attack(kind: str, folder: Path) -> dict[str, object]:
+    """Run all; name -> True where it succeeded, else how it ended. Holds what is attacked."""
+    secret, outside = folder / "secret", folder / "outside"
+    outside.mkdir()
+    secret.write_text("secret")
+    secret.chmod(0o600)
+    (outside / "spare").touch()
+    listeners = [socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)]
+    listeners[1].bind(str(outside / "socket"))
+    listeners[2].bind(f"\0shoal-{os.getpid()}")
+    listeners[1].listen()
+    listeners[2].listen()
+    places = {"secret": secret, "outside": outside, "pid": os.getpid(), "port": listeners[0].getsockname()[1]}
+    sandbox = open_sandbox(kind)
+    results: dict[str, object] = {}
+    for name, source in ATTACKS.items():
+        victim = outside / "victim"
+        victim.write_text("precious")
+        victim.chmod(0o600)
+        before = victim.stat()
+        for key, value in places.items():
+            source = source.replace(f"{{{key}}}", str(value))
+        done = await sandbox.run(source, limits=LIMITS, collect=True)
+        harmed = victim.read_text() != "precious" or victim.stat().st_mode != before.st_mode
+        results[name] = done.value is True or harmed or f"{done.exit}: {done.text[-80:]}"
+    await asyncio.sleep(0.5)
+    results["leave an orphan"] = (outside / "orphan").exists()
+    sandbox.close()
+    return results
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as name:
+        found = asyncio.run(attack(sys.argv[1], Path(name)))
+    print(json.dumps(found))
