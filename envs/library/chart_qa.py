@@ -59,8 +59,8 @@ class ChartQA(AgentEnv):
             self.gold = str(x)
             return f"value of {a}"
         if word in ("sum", "minus"):
-            self.gold, self.wrong = (str(x + y), str(x)) if word == "sum" else (str(x - y), str(y))
-            return f"{a} + {b}{suffix}" if word == "sum" else f"{a} - {b}{suffix}"
+            self.gold, self.wrong = str(x + y if word == "sum" else x - y), str(x)
+            return f"{a} {'+' if word == 'sum' else '-'} {b}{suffix}"
         ranked = sorted(values, key=values.__getitem__, reverse=word == "largest")
         self.gold, self.wrong, self.target = ranked[0], ranked[1], self.names.index(ranked[0])
         return f"which is {word}{suffix}?"

@@ -50,7 +50,9 @@ class Picture:
         self._draw.pieslice((x - radius, y - radius, x + radius, y + radius), start, end, fill, BLACK)
 
     def text(self, x: int, y: int, text: str, colour: Colour = BLACK, *, scale: int = 1) -> None:
-        """Text with its top left corner at (x, y), each pixel of the font `scale` pixels wide and high."""
+        """One line with its top left corner at (x, y), each pixel of the font `scale` pixels wide and high; "?" stands
+        for what is no printable ASCII character."""
+        text = "".join(c if " " <= c <= "~" else "?" for c in text)
         if scale == 1:
             self._draw.text((x, y), text, colour)
             return
