@@ -9,6 +9,7 @@ Sources: landlock(7), seccomp(2), capabilities(7); system call numbers of asm/un
 """
 
 import ctypes
+import functools
 import os
 import platform
 import struct
@@ -86,6 +87,7 @@ def allowed_calls(arch: str) -> list[int]:
     return sorted(int(words[i + column]) for i in range(0, len(words), 3) if words[i + column] != "-")
 
 
+@functools.cache
 def landlock_abi() -> int:
     """0 where the kernel has no Landlock or it is switched off."""
     return max(0, _libc().syscall(_LANDLOCK_CREATE, None, 0, 1))
@@ -105,6 +107,7 @@ def missing_features() -> list[str]:
     return missing
 
 
+@functools.cache
 def has_seccomp() -> bool:
     """Asks whether a filter may return an errno; it is 0 for yes."""
     if machine() not in _SECCOMP:
@@ -153,6 +156,7 @@ def restrict_calls() -> None:
     _check(_libc().prctl(_PR_SET_SECCOMP, 2, header, 0, 0), "seccomp")
 
 
+@functools.cache
 def filter_program(arch: str) -> bytes:
     """The BPF program, 8 bytes an instruction."""
     special = _BY_ARGUMENT[arch]
@@ -178,6 +182,7 @@ def filter_program(arch: str) -> bytes:
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
 
 
+@functools.cache
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 

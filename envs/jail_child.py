@@ -13,6 +13,7 @@ Frames on both pipes: 4 bytes of length, then JSON; bytes are base64 in it. End 
 import ast
 import base64
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -61,6 +62,10 @@ def main() -> None:
     for name in (_WARM + " " + _WARM_TOO).split():
         with contextlib.suppress(ImportError):  # a Python built without sqlite3, say
             importlib.import_module(name)
+    readable_paths()  # this and the next are kept: no child has to work them out again
+    confinement.landlock_abi()
+    if confinement.has_seccomp():
+        confinement.filter_program(confinement.machine())
     gc.collect()
     gc.freeze()  # or the child's first collection would copy every page
     send(1, {})
@@ -281,6 +286,7 @@ def confine_child(folder: str) -> None:
         confinement.restrict_calls()
 
 
+@functools.cache
 def readable_paths() -> list[str]:
     """What Python reads while it runs: its library, shared objects, time zones."""
     paths = sysconfig.get_paths()
