@@ -84,6 +84,27 @@ def _new(args: Namespace) -> int:
     return main(args.name, parent=Path(args.path))
 
 
+def _serve_arguments(parser: ArgumentParser) -> None:
+    _id_argument(parser)
+    parser.add_argument("--as", dest="protocol", choices=sorted(_SERVERS), required=True, help="what clients speak")
+    parser.add_argument("--transport", choices=("stdio", "http"), default="stdio", help="of mcp (default: stdio)")
+    parser.add_argument("--port", type=int, default=0, metavar="N", help="on the loopback interface (default: free)")
+
+
+def _serve_mcp(args: Namespace) -> int:
+    from envs.adapters.mcp_server import serve_mcp
+
+    serve_mcp(args.id, transport=args.transport, port=args.port)
+    return 0
+
+
+_SERVERS = {"mcp": _serve_mcp}
+
+
+def _serve(args: Namespace) -> int:
+    return _SERVERS[args.protocol](args)
+
+
 ENV_COMMANDS = CommandTable(
     summary="list, make, play and check environments",
     introduction=INTRODUCTION,
@@ -111,6 +132,12 @@ ENV_COMMANDS = CommandTable(
             examples="  shoal env check my_shop:MyShop\n  shoal env check ShopDB-v0 --levels 0,5,9 --seeds 20 --json",
             arguments=_check_arguments,
             run=_check,
+        ),
+        "serve": Command(
+            summary="let clients of other ecosystems play an environment",
+            examples="  shoal env serve ShopDB-v0 --as mcp\n  shoal env serve my_shop:MyShop --as mcp --transport http",
+            arguments=_serve_arguments,
+            run=_serve,
         ),
     },
 )

@@ -216,6 +216,12 @@ class RewardOf(Asks):
         return values[self.kind]
 
 
+class Submits(Asks):
+    @tool
+    def submit(self, answer: str) -> str:
+        return answer
+
+
 class NoTask(AgentEnv):
     def reward(self, answer: str) -> float:
         return 0.0

@@ -1,5 +1,6 @@
 """Tools: the schema from a signature, and a policy's arguments by that schema."""
 
+import json
 from typing import Literal
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from envs.errors import BadArguments, MalformedEnvironment
-from envs.message import ImagePart
+from envs.message import ImagePart, ToolSpec
 from envs.tool import Tool, as_content, cut_middle, tool, tools_of_class
 from tests.broken_envs import Doubling, UntypedTool
 
@@ -112,6 +113,76 @@ def test_images_a_tool_returns_stay_images_beside_their_texts() -> None:
     image = ImagePart(data=b"png")
     assert as_content(image) == ("", (image,))
     assert as_content(["page 1", image, 7, image]) == ("page 1\n7", (image, image))
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "query": {"type": "string"},
+        "limit": {"type": "integer"},
+        "where": {"$ref": "#/$defs/Place"},
+        "size": {"enum": ["1", "2"]},
+    },
+    "required": ["query"],
+    "additionalProperties": False,
+    "$defs": {"Place": {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"]}},
+}
+
+
+def by_schema(schema: dict) -> Tool:
+    return Tool.from_schema(ToolSpec(name="find", description="Find.", parameters=schema), lambda **given: given)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"query": "75001", "limit": "7"}, {"query": "75001", "limit": 7}),
+        ({"query": 75001}, {"query": "75001"}),
+        ({"query": "null", "where": '{"x": 1.5}'}, {"query": "null", "where": {"x": 1.5}}),
+        ({"query": "a", "size": 2}, {"query": "a", "size": "2"}),
+    ],
+)
+def test_a_schema_written_elsewhere_converts_as_a_signature_does(given: dict, expected: dict) -> None:
+    assert by_schema(SCHEMA).parse(given) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({}, "missing query"),
+        ({"query": "a", "limit": "seven"}, "limit must be integer"),
+        ({"query": "a", "where": {"x": "far"}}, "bad where"),
+        ({"query": "a", "where": "nowhere"}, "where must be object"),
+        ({"query": "a", "color": "red"}, "no argument color"),
+        ({"query": "a", "where": {"x": float("nan")}}, "arguments are no plain JSON"),
+        ({"query": "\ud800"}, "arguments are no plain JSON"),
+    ],
+)
+def test_what_does_not_fit_a_schema_gets_the_same_short_texts(given: dict, text: str) -> None:
+    with pytest.raises(BadArguments, match=f"^{text}$"):
+        by_schema(SCHEMA).parse(given)
+
+
+def test_an_invalid_schema_is_refused_with_the_tools_name() -> None:
+    with pytest.raises(MalformedEnvironment, match="tool find: invalid schema"):
+        by_schema({"type": "objekt"})
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=5)
+
+
+@settings(max_examples=200, deadline=None)
+@random_input(st.dictionaries(st.sampled_from([*SCHEMA["properties"], "x", ""]), JSON))
+def test_whatever_a_policy_sends_fits_the_schema_afterwards_or_is_refused(arguments: dict) -> None:
+    try:
+        parsed = by_schema(SCHEMA).parse(arguments)
+    except BadArguments as error:
+        assert len(str(error)) < 60
+        return
+    assert json.loads(json.dumps(parsed, allow_nan=False)) == parsed
+    assert isinstance(parsed["query"], str) and isinstance(parsed.get("limit", 0), int | float)
+    if isinstance(arguments["query"], str):
+        assert parsed["query"] == arguments["query"]
 
 
 @pytest.mark.parametrize("options", [{"cost": -1}, {"cost": float("nan")}, {"timeout_s": 0}, {"timeout_s": -2.0}])
