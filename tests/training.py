@@ -9,6 +9,7 @@ import numpy as np
 
 from conf.loading import load_config, resolved_yaml
 from conf.schema import TrainConfig
+from envs.curriculum import Curriculum
 from envs.library.calculator import TOOL_OF_SYMBOL
 from envs.outcome import EnvHost
 from envs.task_source import TaskSource, held_out_tasks
@@ -109,7 +110,13 @@ def train_in_process(
             monitor=Monitor(folder.path, config),
             ledger=ledger,
             recorder=recorder,
-            source=TaskSource(entries, cluster.host, seed=config.seed, held_out=frozenset(held_out)),
+            source=TaskSource(
+                entries,
+                cluster.host,
+                seed=config.seed,
+                held_out=frozenset(held_out),
+                curriculum=Curriculum(entries, config.curriculum, seed=config.seed),
+            ),
             held_out=held_out,
             progress=Progress(),
         )
