@@ -100,6 +100,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "monitor.log_every": (1, inf),
     "run.checkpoint_every": (1, inf),
     "run.keep_checkpoints": (1, inf),
+    "env.max_running": (1, inf),
+    "env.recycle_mib": (0, inf),
+    "env.recycle_episodes": (0, inf),
     "sft.steps": (1, inf),
     "sft.batch_size": (1, inf),
     "sft.warmup_steps": (0, inf),
@@ -209,6 +212,13 @@ def _check_numbers(config: TrainConfig) -> None:
             raise ConfigError(f"env.mix.{name}.weight={entry.weight} is out of range: must be more than 0")
         if not 0 <= entry.level <= 9:
             raise ConfigError(f"env.mix.{name}.level={entry.level} is out of range: must be 0 to 9")
+    names = list(config.env.mix) or [config.env.name]
+    for name, pace in config.env.steps_per_second.items():
+        if name not in names:
+            known = ", ".join(names)
+            raise ConfigError(f"env.steps_per_second: no environment is named {name!r}; there is {known}")
+        if not pace > 0:
+            raise ConfigError(f"env.steps_per_second.{name}={pace} is out of range: must be more than 0")
 
 
 def _check_names(config: TrainConfig) -> None:

@@ -48,6 +48,14 @@ class EnvConfig:
     """Deadline of one environment step, its tool calls included."""
     reward_timeout_s: float = 60.0
     """Deadline of the reward, which may be slow (an HTTP judge)."""
+    steps_per_second: dict[str, float] = field(default_factory=dict)
+    """Name of an environment -> most resets and steps a second, all pools together, e.g. for a service with a limit."""
+    max_running: int = 1024
+    """Resets and steps that run at once in one pool; more wait their turn."""
+    recycle_mib: int = 4096
+    """Resident memory after which a pool ends its episodes and starts in a new process (leaks); 0 = never."""
+    recycle_episodes: int = 0
+    """The same after so many episodes; 0 = never."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,7 @@
 """Pools of environments as Ray actors: the transport alone; the logic is in `envs.client` and `envs.call_batching`."""
 
 import logging
+import os
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from ray.exceptions import RayError
 from envs.call_batching import Delivery, Mailbox, Request
 from envs.client import MailboxHost, PoolService
 from envs.errors import HostLost
+from envs.pool_limits import PoolLimits
 
 Result = TypeVar("Result")
 
@@ -26,10 +28,15 @@ class EnvPoolActor(PoolService):
         reward_timeout_s: float = 60.0,
         log_folder: str = "",
         name: str = "pool",
+        limits: PoolLimits | None = None,
     ) -> None:
         """Failures and everything environments print go to `log_folder`/`name`.log, where a folder is given."""
         super().__init__(
-            reset_timeout_s=reset_timeout_s, step_timeout_s=step_timeout_s, reward_timeout_s=reward_timeout_s
+            reset_timeout_s=reset_timeout_s,
+            step_timeout_s=step_timeout_s,
+            reward_timeout_s=reward_timeout_s,
+            limits=limits,
+            exit_process=_exit_process,
         )
         if log_folder:
             _log_to_file(Path(log_folder) / f"{name}.log")
@@ -72,6 +79,12 @@ async def _answer(call: Callable[[], Awaitable[Result]]) -> Result:
         return await call()
     except RayError as error:
         raise HostLost(f"the environment pool is lost: {str(error).splitlines()[0]}") from error
+
+
+def _exit_process() -> None:
+    """At once, past all finalizers: hung threads would hold a regular exit up. Ray starts the actor again."""
+    logging.shutdown()
+    os._exit(0)
 
 
 def _log_to_file(path: Path) -> None:

@@ -183,6 +183,10 @@ class _Client:
     last_seen: float
     finished: list[Reply] = field(default_factory=list)
     ready: asyncio.Event = field(default_factory=asyncio.Event)
+    num_bytes: int = 0
+    """Of finished answers."""
+    fetched: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set whenever answers were fetched, or nobody will fetch them any more."""
 
 
 class MailboxServer:
@@ -194,9 +198,16 @@ class MailboxServer:
         *,
         on_client_gone: Callable[[str], Awaitable[None]],
         client_timeout_s: float = 120.0,
+        size_of: Callable[[Any], int] = lambda answer: 0,
+        max_answer_bytes: int = 256 << 20,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`handle(client_id, operation, arguments)` must not raise. A client silent for `client_timeout_s` is gone."""
+        """`handle(client_id, operation, arguments)` must not raise. A client silent for `client_timeout_s` is gone.
+
+        While answers of more than `max_answer_bytes`, by `size_of`, wait for a client, its next requests wait.
+        """
+        self._size_of = size_of
+        self._max_answer_bytes = max_answer_bytes
         self.incarnation = uuid4().hex
         self._handle = handle
         self._on_client_gone = on_client_gone
@@ -224,11 +235,18 @@ class MailboxServer:
             except TimeoutError:
                 pass  # an empty delivery tells the client that this side lives
         client.last_seen = self._clock()
-        replies, client.finished = tuple(client.finished), []
+        replies, client.finished, client.num_bytes = tuple(client.finished), [], 0
+        client.fetched.set()
         return Delivery(incarnation=self.incarnation, replies=replies)
 
     async def _run(self, client_id: str, client: _Client, request: Request) -> None:
+        while client.num_bytes > self._max_answer_bytes:  # ends with the client's next poll, or with the client
+            client.fetched.clear()
+            await client.fetched.wait()
+        if self._clients.get(client_id) is not client:
+            return  # gone meanwhile: nobody would close what this opens
         value = await self._handle(client_id, request.operation, request.arguments)
+        client.num_bytes += self._size_of(value)
         client.finished.append(Reply(request_id=request.request_id, value=value))
         client.ready.set()
 
@@ -238,7 +256,9 @@ class MailboxServer:
         client.last_seen = now
         for gone in [i for i, c in self._clients.items() if now - c.last_seen > self._client_timeout_s]:
             logger.warning("client %s is gone, closing its episodes", gone)
-            del self._clients[gone]
+            lost = self._clients.pop(gone)
+            lost.num_bytes = 0
+            lost.fetched.set()
             self._start(self._on_client_gone(gone))
         return client
 

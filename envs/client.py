@@ -2,16 +2,18 @@
 
 import asyncio
 import logging
+import time
 import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from envs.call_batching import Delivery, Mailbox, MailboxServer, Request
 from envs.errors import HostLost
-from envs.message import Message
+from envs.message import ImagePart, Message
 from envs.outcome import EnvFailure, ResetOutcome, StepOutcome
 from envs.pool import DIGESTS_AT_ONCE, EnvPool
+from envs.pool_limits import LagMeter, PoolLimits, resident_mib
 from envs.task import Task
 
 logger = logging.getLogger(__name__)
@@ -19,6 +21,11 @@ logger = logging.getLogger(__name__)
 GRACE_S = 10.0
 """Added to the pool's own deadline before a client gives up: the pool's verdict says more than silence."""
 _DIGEST_ATTEMPTS = 5
+_RECYCLING = ResetOutcome(failure=EnvFailure(kind="infra", where="reset", message="the pool is being recycled"))
+_RECYCLE_WAIT_S = 300.0
+"""How long a client waits for a pool that is being recycled: for its last episodes, then for its next process."""
+_LAST_ANSWERS_S = 1.0
+"""How long a recycled process outlives its last episode, so that its last answers are fetched."""
 
 
 class PoolService:
@@ -31,22 +38,40 @@ class PoolService:
         step_timeout_s: float = 30.0,
         reward_timeout_s: float = 60.0,
         client_timeout_s: float = 120.0,
+        limits: PoolLimits | None = None,
+        exit_process: Callable[[], None] | None = None,
     ) -> None:
+        """`exit_process` ends the process, which somebody starts again; without it the pool is never recycled."""
+        self._limits = limits or PoolLimits()
         self._pool = EnvPool(
-            reset_timeout_s=reset_timeout_s, step_timeout_s=step_timeout_s, reward_timeout_s=reward_timeout_s
+            reset_timeout_s=reset_timeout_s,
+            step_timeout_s=step_timeout_s,
+            reward_timeout_s=reward_timeout_s,
+            limits=self._limits,
         )
-        self._server = MailboxServer(self._handle, on_client_gone=self._forget, client_timeout_s=client_timeout_s)
+        self._server = MailboxServer(
+            self._handle,
+            on_client_gone=self._forget,
+            client_timeout_s=client_timeout_s,
+            size_of=answer_bytes,
+            max_answer_bytes=self._limits.max_answer_bytes,
+        )
         self._keys: defaultdict[str, set[str]] = defaultdict(set)
+        self._exit_process = exit_process
+        self._num_closed = 0
+        self._recycling = False
+        self._lag = LagMeter()
 
     async def submit(self, client_id: str, requests: list[Request]) -> str:
+        self._lag.start()
         return await self._server.submit(client_id, requests)
 
     async def collect(self, client_id: str, max_wait_s: float) -> Delivery:
         return await self._server.collect(client_id, max_wait_s)
 
-    async def stats(self) -> dict[str, int]:
-        """Counts of open episodes, failures and abandoned threads."""
-        return self._pool.stats
+    async def stats(self) -> dict[str, float]:
+        """Open episodes, failures, abandoned threads; resident MiB; how late the event loop runs (p99, seconds)."""
+        return {**self._pool.stats, "resident_mib": resident_mib(), "loop_lag_p99_s": self._lag.p99_s()}
 
     async def _handle(self, client_id: str, operation: str, arguments: tuple[Any, ...]) -> Any:
         if operation == "digests":
@@ -54,6 +79,8 @@ class PoolService:
         key, *rest = arguments
         far_key = f"{client_id}/{key}"
         if operation == "open":
+            if self._recycling:
+                return _RECYCLING
             self._keys[client_id].add(far_key)
             return await self._pool.open(far_key, *rest)
         if operation == "step":
@@ -61,7 +88,28 @@ class PoolService:
         if operation == "finish":
             return await self._pool.finish(far_key)
         self._keys[client_id].discard(far_key)
-        return await self._pool.close(far_key)
+        await self._pool.close(far_key)
+        self._num_closed += 1
+        self._recycle_if_due()
+        return None
+
+    def _recycle_if_due(self) -> None:
+        """Past a limit: take no new episodes, and once the running ones have ended, end the process."""
+        limits, stats = self._limits, self._pool.stats
+        if self._exit_process is None:
+            return
+        if not self._recycling:
+            due = {
+                "episodes": 0 < limits.recycle_episodes <= self._num_closed,
+                "hung threads": 0 < limits.recycle_threads <= stats["abandoned_threads"],
+                "memory": 0 < limits.recycle_mib <= resident_mib(),
+            }
+            if not any(due.values()):
+                return
+            logger.warning("recycling this pool: %s", ", ".join(name for name, is_due in due.items() if is_due))
+            self._recycling = True
+        if stats["open"] == 0:
+            asyncio.get_running_loop().call_later(_LAST_ANSWERS_S, self._exit_process)
 
     async def _forget(self, client_id: str) -> None:
         for far_key in self._keys.pop(client_id, set()):
@@ -90,6 +138,16 @@ class MailboxHost:
         self._retry_s = retry_s
 
     async def open(self, key: str, task: Task) -> ResetOutcome:
+        outcome = await self._open(key, task)
+        until = time.monotonic() + _RECYCLE_WAIT_S
+        while outcome == _RECYCLING and time.monotonic() < until:
+            await asyncio.sleep(self._retry_s)
+            outcome = await self._open(key, task)
+            if outcome.failure is not None and outcome.failure.kind == "infra":
+                outcome = _RECYCLING  # the old process has gone, the new one is not there yet
+        return outcome
+
+    async def _open(self, key: str, task: Task) -> ResetOutcome:
         try:
             return await self._mailbox(key).call("open", (key, task), self._open_s)
         except HostLost as error:
@@ -131,6 +189,14 @@ class MailboxHost:
 
     def _mailbox(self, key: str) -> Mailbox:
         return self._mailboxes[zlib.crc32(key.encode()) % len(self._mailboxes)]
+
+
+def answer_bytes(answer: Any) -> int:
+    """About what an answer's texts and images take."""
+    if not isinstance(answer, ResetOutcome | StepOutcome):
+        return 0
+    parts = [part for message in answer.messages for part in message.content]
+    return sum(len(part.data) if isinstance(part, ImagePart) else len(part.text) for part in parts)
 
 
 def _lost(where: str, error: HostLost) -> EnvFailure:

@@ -21,6 +21,7 @@ from envs.base import AgentEnv
 from envs.errors import EnvError, InfraFault, author_traceback
 from envs.message import Message
 from envs.outcome import EnvFailure, ResetOutcome, StepOutcome
+from envs.pool_limits import PoolLimits, TurnTaker
 from envs.registry import construct, find_class
 from envs.task import Task
 from envs.worker_thread import WorkerThread
@@ -36,6 +37,7 @@ _SHOWN_CHARS = 500
 
 @dataclass(slots=True)
 class _Episode:
+    env_name: str
     env: AgentEnv | None = None
     running: "asyncio.Task[Any] | None" = None
 
@@ -55,9 +57,15 @@ class EnvPool:
     """
 
     def __init__(
-        self, *, reset_timeout_s: float = 30.0, step_timeout_s: float = 30.0, reward_timeout_s: float = 60.0
+        self,
+        *,
+        reset_timeout_s: float = 30.0,
+        step_timeout_s: float = 30.0,
+        reward_timeout_s: float = 60.0,
+        limits: PoolLimits | None = None,
     ) -> None:
         """Deadlines as in conf.schema.EnvConfig; an environment's own shorter ones win."""
+        self._turns = TurnTaker(limits or PoolLimits())
         self._reset_timeout_s = reset_timeout_s
         self._step_timeout_s = step_timeout_s
         self._reward_timeout_s = reward_timeout_s
@@ -75,9 +83,10 @@ class EnvPool:
 
     async def open(self, key: str, task: Task) -> ResetOutcome:
         await self.close(key)
-        episode = self._episodes[key] = _Episode()
+        episode = self._episodes[key] = _Episode(task.env_name)
         try:
-            outcome = await self._open(episode, task)
+            async with self._turns.turn(task.env_name):
+                outcome = await self._open(episode, task)
         except _Failed as failed:
             outcome = ResetOutcome(failure=failed.failure)
         if self._episodes.get(key) is not episode:  # closed meanwhile, maybe opened again for another caller
@@ -95,8 +104,9 @@ class EnvPool:
             return StepOutcome(failure=_no_episode(key, "step"))
         env = episode.env
         try:
-            limit_s = min(self._step_timeout_s, env.step_timeout_s)
-            replies, terminated, truncated = await self._guard(episode, "step", limit_s, env.respond(message))
+            async with self._turns.turn(episode.env_name):
+                limit_s = min(self._step_timeout_s, env.step_timeout_s)
+                replies, terminated, truncated = await self._guard(episode, "step", limit_s, env.respond(message))
             if not (terminated or truncated):
                 return StepOutcome(messages=replies, meta=env.meta(), seconds=time.monotonic() - started)
             return await self._scored(episode, env, started, replies, truncated=truncated)
@@ -133,7 +143,7 @@ class EnvPool:
         slots = asyncio.Semaphore(DIGESTS_AT_ONCE)
 
         async def digest(task: Task) -> str:
-            episode = _Episode()
+            episode = _Episode(task.env_name)
             async with slots:
                 try:
                     return (await self._open(episode, task)).problem_digest
@@ -222,7 +232,7 @@ class EnvPool:
 
     async def _close_env(self, env: AgentEnv) -> None:
         try:
-            await self._guard(_Episode(), "close", _CLOSE_TIMEOUT_S, env.run_author(env.close))
+            await self._guard(_Episode(""), "close", _CLOSE_TIMEOUT_S, env.run_author(env.close))
         except _Failed:
             return  # counted and logged; the episode is over, nobody waits for it
 

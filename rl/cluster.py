@@ -16,6 +16,7 @@ from rollout.trajectory import Trajectory, TrajectoryGroup
 
 if TYPE_CHECKING:
     from envs.actors import PoolClient
+    from envs.pool_limits import PoolLimits
     from envs.task import Task
     from rl.report import LearnerReport
     from rollout.worker import RolloutWorker
@@ -116,6 +117,19 @@ def build_pool(config: TrainConfig) -> Any:
         reset_timeout_s=config.env.reset_timeout_s,
         step_timeout_s=config.env.step_timeout_s,
         reward_timeout_s=config.env.reward_timeout_s,
+        limits=pool_limits(config),
+    )
+
+
+def pool_limits(config: TrainConfig) -> "PoolLimits":
+    """Limits of one pool of the run's; a pace is shared by all of them."""
+    from envs.pool_limits import PoolLimits
+
+    return PoolLimits(
+        max_running=config.env.max_running,
+        steps_per_second={name: pace / config.rollout.env_pools for name, pace in config.env.steps_per_second.items()},
+        recycle_mib=config.env.recycle_mib,
+        recycle_episodes=config.env.recycle_episodes,
     )
 
 
@@ -177,7 +191,14 @@ class RayCluster:
         self._pools = [  # kept: a named actor ends with its last handle
             remote(EnvPoolActor)
             .options(name=name, num_cpus=0.5, max_restarts=-1, max_concurrency=1000, **common)
-            .remote(config.env.reset_timeout_s, config.env.step_timeout_s, config.env.reward_timeout_s, logs, name)
+            .remote(
+                config.env.reset_timeout_s,
+                config.env.step_timeout_s,
+                config.env.reward_timeout_s,
+                logs,
+                name,
+                pool_limits(config),
+            )
             for name in names
         ]
         actors = [

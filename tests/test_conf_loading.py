@@ -147,7 +147,7 @@ REFUSED = [
     (["seed.x=1"], "unknown key 'seed.x'."),
     (["env=mix", "env.mix.shop_db.wieght=2"], "Did you mean 'env.mix.shop_db.weight'?"),
     (["env=mix", "env.mix.shopdb.weight=2"], "env.mix.shopdb.id is missing"),
-    (["env=clac"], "unknown env 'clac'. Did you mean 'calculator'? Available: calculator, "),
+    (["env=calcuator"], "unknown env 'calcuator'. Did you mean 'calculator'? Available: api_desk, bank, "),
     (["policy=tiny-moe"], "unknown policy 'tiny-moe'. Did you mean 'tiny_moe'? Available: "),
     (["experiment=smok"], "Did you mean 'smoke'?"),
     (["env=[calculator,mix]"], "unknown env '[calculator,mix]'."),
@@ -359,3 +359,12 @@ def test_every_section_is_frozen_slotted_and_small():
         assert section.__dataclass_params__.frozen and "__slots__" in vars(section), section  # type: ignore[attr-defined]
         assert len(fields(section)) <= 14, section
     assert sum(len(fields(section)) for section in every) <= 150
+
+
+def test_a_pace_belongs_to_an_environment_of_the_run_and_is_positive() -> None:
+    config = load_config(["env=mix", "env.steps_per_second.shop_db=5"])
+    assert config.env.steps_per_second == {"shop_db": 5}
+    with pytest.raises(ConfigError, match="no environment is named 'shop'; there is calculator, tool_gate, shop_db"):
+        load_config(["env=mix", "env.steps_per_second.shop=5"])
+    with pytest.raises(ConfigError, match="steps_per_second.calculator=0.0 is out of range"):
+        load_config(["env.steps_per_second.calculator=0"])

@@ -1,0 +1,181 @@
+"""Limits of a pool: how much runs at once, how fast, and when its process starts anew."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from envs.base import AgentEnv, call
+from envs.call_batching import Mailbox, MailboxServer, Request
+from envs.client import MailboxHost, PoolService
+from envs.pool import EnvPool
+from envs.pool_limits import LagMeter, PoolLimits, TurnTaker
+from envs.task import Problem, Task
+from envs.tool import tool
+
+
+class Counting(AgentEnv):
+    """Counts how many of its tools run at once."""
+
+    running = 0
+    most = 0
+
+    def task(self, rng: Any, level: int) -> Problem:
+        return Problem(prompt=f"wait {rng.random()}")
+
+    @tool
+    async def wait(self) -> str:
+        """Wait a moment."""
+        Counting.running += 1
+        Counting.most = max(Counting.most, Counting.running)
+        await asyncio.sleep(0.005)
+        Counting.running -= 1
+        return "done"
+
+    @tool
+    def block(self) -> str:
+        """Block a thread."""
+        time.sleep(0.5)
+        return "done"
+
+    def reward(self, answer: str) -> float:
+        return float(answer == "done")
+
+
+def task(seed: int, name: str = "counting") -> Task:
+    return Task(task_id=str(seed), env_id=f"{__name__}:Counting", env_name=name, seed=seed)
+
+
+def test_no_more_steps_run_at_once_than_allowed_and_all_are_answered() -> None:
+    async def play() -> int:
+        Counting.most = 0
+        pool = EnvPool(limits=PoolLimits(max_running=3))
+        await asyncio.gather(*(pool.open(str(i), task(i)) for i in range(12)))
+        outcomes = await asyncio.gather(*(pool.step(str(i), call("wait")) for i in range(12)))
+        assert [outcome.messages[0].text for outcome in outcomes] == ["done"] * 12
+        await pool.close_all()
+        return Counting.most
+
+    assert asyncio.run(play()) == 3
+
+
+def test_a_name_with_a_pace_takes_its_turns_apart_and_others_do_not_wait() -> None:
+    async def waits(name: str) -> float:
+        turns = TurnTaker(PoolLimits(steps_per_second={"slow": 50.0}))
+        started = time.monotonic()
+        for _ in range(6):
+            async with turns.turn(name):
+                pass
+        return time.monotonic() - started
+
+    assert asyncio.run(waits("slow")) >= 5 / 50
+    assert asyncio.run(waits("free")) < 5 / 50
+
+
+@pytest.mark.parametrize(
+    ("limits", "text"),
+    [(PoolLimits(max_running=0), "max_running = 0"), (PoolLimits(steps_per_second={"x": 0.0}), "of x = 0.0, not > 0")],
+)
+def test_limits_that_would_stop_everything_are_refused(limits: PoolLimits, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        TurnTaker(limits)
+
+
+def test_answers_that_nobody_fetches_hold_up_their_own_client_only() -> None:
+    async def handle(client_id: str, operation: str, arguments: tuple[Any, ...]) -> str:
+        return "x" * 100
+
+    async def gone(client_id: str) -> None:
+        return None
+
+    async def play() -> tuple[int, int, int]:
+        server = MailboxServer(handle, on_client_gone=gone, size_of=len, max_answer_bytes=250)
+        requests = [Request(request_id=i, operation="step", arguments=()) for i in range(5)]
+        for request in requests:
+            await server.submit("lazy", [request])
+            await asyncio.sleep(0)
+        await server.submit("keen", requests[:1])
+        await asyncio.sleep(0.01)
+        keen = len((await server.collect("keen", 0.1)).replies)
+        first = len((await server.collect("lazy", 0.1)).replies)
+        await asyncio.sleep(0.01)
+        return keen, first, len((await server.collect("lazy", 0.1)).replies)
+
+    assert asyncio.run(play()) == (1, 3, 2)
+
+
+def test_a_blocked_tool_runs_on_its_thread_and_the_loop_stays_in_time() -> None:
+    async def play() -> float:
+        meter = LagMeter()
+        meter.start()
+        pool = EnvPool()
+        await pool.open("a", task(1))
+        outcome = await pool.step("a", call("block"))
+        assert outcome.messages[0].text == "done"
+        await pool.close_all()
+        return meter.p99_s()
+
+    assert asyncio.run(play()) < 0.3
+
+
+class Restarting:
+    """A pool that is started again where it ends itself, as an actor supervisor does."""
+
+    def __init__(self, limits: PoolLimits) -> None:
+        self.limits = limits
+        self.num_starts = 0
+        self.start()
+
+    def start(self) -> None:
+        self.num_starts += 1
+        self.service = PoolService(limits=self.limits, exit_process=self.start)
+
+
+def test_a_recycled_pool_ends_its_episodes_first_and_no_episode_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("envs.client._LAST_ANSWERS_S", 0.2)
+
+    async def play() -> tuple[int, list[str]]:
+        pools = Restarting(PoolLimits(recycle_episodes=3))
+        host = MailboxHost([_line(lambda: pools.service)], retry_s=0.05)
+
+        async def episode(i: int) -> str:
+            await asyncio.sleep(0.02 * i)
+            opened = await host.open(str(i), task(i))
+            assert opened.failure is None, opened
+            stepped = await host.step(str(i), call("wait"))
+            assert stepped.failure is None, stepped
+            await host.close(str(i))
+            return stepped.messages[0].text
+
+        texts = await asyncio.gather(*(episode(i) for i in range(10)))
+        await host.aclose()
+        return pools.num_starts, texts
+
+    num_starts, texts = asyncio.run(play())
+    assert texts == ["done"] * 10
+    assert num_starts >= 2
+
+
+def test_without_somebody_to_start_it_again_a_pool_is_never_recycled() -> None:
+    async def play() -> int:
+        service = PoolService(limits=PoolLimits(recycle_episodes=1))
+        host = MailboxHost([_line(lambda: service)], retry_s=0.05)
+        for i in range(3):
+            assert (await host.open(str(i), task(i))).failure is None
+            await host.close(str(i))
+        await host.aclose()
+        return 3
+
+    assert asyncio.run(play()) == 3
+
+
+def _line(service: Callable[[], PoolService]) -> Mailbox:
+    async def submit(client_id: str, requests: list[Request]) -> str:
+        return await service().submit(client_id, requests)
+
+    async def collect(client_id: str, max_wait_s: float) -> Any:
+        return await service().collect(client_id, max_wait_s)
+
+    return Mailbox(client_id="b", submit=submit, collect=collect, poll_s=0.1)
