@@ -93,7 +93,7 @@ class Zygote:
     def __init__(self, launcher: Launcher) -> None:
         """Raises SandboxUnavailable where it says why it cannot work, SandboxFault where it does not start."""
         self._folder = Path(tempfile.mkdtemp(prefix="shoal-sandbox-"))
-        base = launcher.inner_base or str(self._folder / "runs")
+        base = launcher.inner_base or str(self._folder)
         self._process: subprocess.Popen[bytes] | None = None
         try:
             command = launcher.command(json.dumps({"confine": launcher.confine, "base": base}), self._folder)

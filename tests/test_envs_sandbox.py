@@ -217,7 +217,9 @@ async def main():
     await job
 asyncio.run(main())
 """
-    parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE)
+    folder = Path(tempfile.mkdtemp())
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, env=environment)
     assert parent.stdout is not None
     assert parent.stdout.readline() == b"ready\n"
     family = psutil.Process(parent.pid).children(recursive=True)
@@ -226,6 +228,7 @@ asyncio.run(main())
     parent.wait()
     _, alive = psutil.wait_procs(family, timeout=10)
     assert alive == []
+    folder.rmdir()  # it is empty
 
 
 def test_no_isolation_must_be_typed() -> None:
