@@ -145,8 +145,14 @@ class TellsInErrors(Vault):
     async def respond(self, message: Message) -> Any:
         replies, terminated, truncated = await super().respond(message)
         told = tuple(
-            Message.tool(type(r.tool_result)(call_id=r.tool_result.call_id, name=r.tool_result.name,
-                content=f"{r.text} (expected {self.gold})", error=r.tool_result.error))
+            Message.tool(
+                type(r.tool_result)(
+                    call_id=r.tool_result.call_id,
+                    name=r.tool_result.name,
+                    content=f"{r.text} (expected {self.gold})",
+                    error=r.tool_result.error,
+                )
+            )
             if r.tool_result and r.tool_result.error
             else r
             for r in replies
@@ -328,3 +334,14 @@ BROKEN: dict[type[AgentEnv], str] = {
     SpeaksForThePolicy: "control_text",
 }
 """Environment -> the one probe that must fail."""
+
+
+class Hangs(Vault):
+    """Never comes back."""
+
+    inline: ClassVar[bool] = False
+    reset_timeout_s = 0.1
+
+    def task(self, rng: random.Random, level: int) -> Problem | str:
+        time.sleep(30)
+        return "late"

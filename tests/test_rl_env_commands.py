@@ -1,0 +1,155 @@
+"""`shoal env`: list, check, play by standard input, new, and the pytest plugin."""
+
+import importlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from rl.cli import main
+from rl.env_play import tool_lines
+from rl.pytest_plugin import shoal_env_check
+from rl.scaffold import write_scaffold
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = main(["env", *words])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return code, captured.out, captured.err
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+
+
+def child(folder: Path, *command: str, timeout_s: float = 100) -> subprocess.CompletedProcess[str]:
+    settings = {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=folder,
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+
+
+# --- check
+
+
+def test_a_check_prints_a_table_and_an_episode_and_ends_with_0(capsys):
+    code, out, _ = run(capsys, "check", "Calculator-v0", "--levels", "0", "--seeds", "2")
+    assert code == 0 and "the oracle scores 1.0 at every level" in out
+    assert "[call add(" in out and "Calculator-v0: passed" in out
+
+
+def test_a_failed_check_ends_with_1_and_its_last_line_is_json(capsys):
+    words = ("check", "tests.check_fixtures:PaysNan", "--levels", "0", "--seeds", "2", "--json")
+    code, out, _ = run(capsys, *words)
+    found = json.loads(out.splitlines()[-1])
+    assert code == 1 and found["id"] == "tests.check_fixtures:PaysNan" and found["passed"] is False
+    assert [name for name, passed in found["probes"].items() if not passed] == ["garbage"]
+    assert found["failures"]["garbage"]["level"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["check", "Calculater-v0"], "did you mean 'Calculator-v0'?"),
+        (["check", "Calculator-v0", "--levels", "10"], "0 to 9"),
+        (["check", "Calculator-v0", "--levels", "low"], "--levels"),
+        (["check", "Calculator-v0", "--seeds", "1"], "2 or more"),
+        (["check"], "ID"),
+        (["play", "Calculator-v0", "--level", "12"], "0..9"),
+        (["new", "My-Shop"], "cannot be the name of a module"),
+        (["new", "json"], "cannot be the name of a module"),
+        (["chekc", "Calculator-v0"], "Did you mean 'check'?"),
+    ],
+)
+def test_bad_usage_is_told_in_words_and_ends_with_2(capsys, words, told):
+    code, _, err = run(capsys, *words)
+    assert code == 2 and told in err
+
+
+# --- play
+
+
+def test_a_person_plays_with_calls_hints_and_an_answer(capsys, monkeypatch):
+    typed(monkeypatch, ":help", ":oracle", "add 53 b=98", ":oracle", ":nonsense", "add 1 2 3", "151")
+    code, out, _ = run(capsys, "play", "Calculator-v0", "--seed", "0")
+    assert code == 0 and "user: 53+98=?" in out and "add a:integer b:integer" in out
+    assert "[call add(a=53, b=98)]" in out and "tool: 151" in out and "assistant: 151" in out
+    assert "unknown command ':nonsense'" in out and "'3' is left over" in out
+    assert "ended: reward 1 (reward 1)" in out
+
+
+def test_what_begins_like_a_call_can_be_said_and_the_end_of_input_leaves_the_game(capsys, monkeypatch):
+    typed(monkeypatch, "say add", ":say add 1 2")
+    assert "ended: reward 0" in run(capsys, "play", "Calculator-v0")[1]
+    typed(monkeypatch, "add 1 2")
+    assert "left before the end" in run(capsys, "play", "Calculator-v0")[1]
+
+
+def test_a_picture_is_saved_and_its_path_is_shown(capsys, monkeypatch):
+    typed(monkeypatch, ":quit")
+    _, out, _ = run(capsys, "play", "ChartQA-v0")
+    path = Path(out.split("image: ")[1].split()[0])
+    assert path.suffix == ".png" and path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_tool_is_listed_with_types_and_defaults():
+    from tests.fakes_episode import ADD
+
+    assert tool_lines([ADD]) == ["  add a:integer b:integer=1   Add two integers."]
+
+
+# --- new and the plugin
+
+
+def test_a_new_environment_checks_green_by_its_own_test(capsys, tmp_path):
+    code, out, _ = run(capsys, "new", "my_shop", "--path", str(tmp_path))
+    assert code == 0 and "shoal env check my_shop:MyShop" in out and "shoal train env=my_shop:MyShop" in out
+    folder = tmp_path / "my_shop"
+    assert (folder / "my_shop.py").read_text().count("\n") <= 40
+    package = tomllib.loads((folder / "pyproject.toml").read_text())
+    assert package["project"]["entry-points"]["shoal.envs"] == {"MyShop-v0": "my_shop:MyShop"}
+    done = child(folder, "pytest", "-q", "-p", "rl.pytest_plugin")
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+    assert run(capsys, "new", "my_shop", "--path", str(tmp_path))[0] == 2
+
+
+@pytest.mark.slow
+def test_the_plugin_fails_a_test_with_the_report(tmp_path):
+    code = 'def test_it(shoal_env_check):\n    shoal_env_check("tests.check_fixtures:PaysNan", levels=(0,), seeds=2)\n'
+    (tmp_path / "test_it.py").write_text(code)
+    done = child(tmp_path, "pytest", "-q", "-p", "rl.pytest_plugin")
+    assert done.returncode == 1 and "garbage: answering 'nan' scores 1.00" in done.stdout
+
+
+def test_the_plugin_is_offered_to_pytest_and_imports_nothing_of_shoal():
+    offered = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["pytest11"]
+    module = importlib.import_module(offered["shoal"])
+    assert module.shoal_env_check is shoal_env_check
+    code = (
+        "import sys, rl.pytest_plugin; sys.exit(any(m in sys.modules for m in ('envs', 'numpy', 'pydantic', 'rich')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
+@pytest.mark.slow
+def test_a_new_environment_trains(tmp_path):
+    folder = write_scaffold("my_shop", parent=tmp_path)
+    sft = child(folder, "rl.cli", "sft", "env=my_shop:MyShop", "sft.steps=20", "sft.output=warm.safetensors")
+    assert sft.returncode == 0, sft.stdout + sft.stderr
+    words = ["policy.init=warm.safetensors", "cluster=inprocess", "experiment=smoke"]
+    train = child(folder, "rl.cli", "train", "env=my_shop:MyShop", *words)
+    assert train.returncode == 0, train.stdout + train.stderr
+    assert json.loads((folder / "runs" / "latest" / "summary.json").read_text())["n"] == 8
