@@ -1,6 +1,7 @@
 """`shoal env`: list, make, play, check and serve environments. Each subcommand imports what it needs when it runs."""
 
 import json
+import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -98,7 +99,17 @@ def _serve_mcp(args: Namespace) -> int:
     return 0
 
 
-_SERVERS = {"mcp": _serve_mcp}
+def _serve_openenv(args: Namespace) -> int:
+    from envs.adapters.openenv_server import serve_openenv
+
+    def say_where(port: int) -> None:
+        print(f"{args.id} is served at http://127.0.0.1:{port}", file=sys.stderr, flush=True)
+
+    serve_openenv(args.id, "127.0.0.1", args.port, on_ready=say_where)
+    return 0
+
+
+_SERVERS = {"mcp": _serve_mcp, "openenv": _serve_openenv}
 
 
 def _serve(args: Namespace) -> int:
