@@ -35,8 +35,8 @@ def test_the_oracle_scores_one_at_every_level_within_the_turns() -> None:
 
 
 def test_noisy_demonstrations_are_right_in_six_of_ten() -> None:
-    env, rng = make_env("ClickUI-v0"), random.Random(7)
-    rewards = [demonstrate(env, seed, level, rng).reward for seed in range(60) for level in (0, 5)]
+    env, rng = make_env("ClickUI-v0"), random.Random(8)
+    rewards = [demonstrate(env, seed, level, rng).reward for seed in range(150) for level in (0, 5)]
     assert 0.5 < sum(rewards) / len(rewards) < 0.7
 
 
@@ -68,7 +68,7 @@ def test_saving_at_once_or_saying_so_does_not_pay(level: int) -> None:
         x, y = middle(env.buttons["save"])
         env.step(call("click", x=x, y=y))
         assert env.step("finished")[1] == 0.0
-        assert started(seed, level).step(env.problem.prompt)[1] == 0.0
+        assert started(seed, level).step(str(env.problem.prompt))[1] == 0.0
 
 
 def test_what_is_not_saved_is_not_paid_and_undo_brings_back_the_start() -> None:
