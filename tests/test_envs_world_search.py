@@ -43,7 +43,7 @@ def test_noisy_demonstrations_are_right_in_two_fifths_and_short(env: WorldSearch
 
 @pytest.mark.parametrize("level", [0, 5, 9])
 def test_cheaters_score_less_than_a_fifth(env: WorldSearch, level: int) -> None:
-    scores: dict[str, float] = dict.fromkeys(["null", "prompt", "first hit", "first page", "word of the page"], 0.0)
+    scores: dict[str, float] = dict.fromkeys(["null", "prompt", "first hit", "first page"], 0.0)
     for seed in range(50):
         opening, info = env.reset(seed=seed, options={"level": level})
         prompt = opening[0].text
@@ -52,11 +52,10 @@ def test_cheaters_score_less_than_a_fifth(env: WorldSearch, level: int) -> None:
         first = titles(replies[0].text)
         replies, *_ = env.step(call("open", page=next(iter(first.values()))))
         page = replies[0].text
-        answers = ["", prompt, next(iter(first)), page, page.replace(".", "").split()[1]]
+        answers = ["", prompt, next(iter(first)), page]
         for name, answer in zip(scores, answers, strict=True):
             scores[name] += env.reward(answer)["answer"] / 50
-    assert max(list(scores.values())[:4]) < 0.2
-    assert scores["word of the page"] < 0.6  # reading the page and naming anything on it is the task minus its question
+    assert max(scores.values()) < 0.2
 
 
 def test_a_search_needs_all_words_and_shows_titles_in_order_of_their_numbers(env: WorldSearch) -> None:
@@ -66,6 +65,14 @@ def test_a_search_needs_all_words_and_shows_titles_in_order_of_their_numbers(env
     assert list(hits.values()) == sorted(hits.values())
     assert all({"boss", env.anchor} <= set(env.open(number).replace(".", "").split()) for number in hits.values())
     assert env.search("boss zzzz") == "nothing found"
+
+
+def test_a_page_is_read_whole_or_one_fact_of_it(env: WorldSearch) -> None:
+    env.reset(seed=0)
+    number = titles(env.search(env.path[0]))[env.path[0]]
+    assert env.open(number).split()[::2] == ["boss", "firm", "town"]
+    assert env.open(number, env.relations[0]) == env.gold
+    assert env.step(call("open", page=number, fact="head"))[0][0].text == "error: no such fact"
 
 
 def test_hostile_queries_are_answered_or_refused(env: WorldSearch) -> None:

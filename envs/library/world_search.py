@@ -37,7 +37,8 @@ class WorldSearch(AgentEnv):
         self._draw_world(rng, level)
         while True:
             self._draw_question(rng, level)
-            if self.gold not in self.question and (self.anchor is None or self._is_found_backwards()):
+            found = titles(self.search(f"boss {self.anchor}" if self.anchor else self.path[0]))
+            if self.gold not in self.question and self.path[0] in found and len(found) > 1 and self._is_unique():
                 return Problem(prompt=self.question, meta={"needs_tool": True, "hops": self.num_hops})
 
     def _draw_world(self, rng: random.Random, level: int) -> None:
@@ -95,14 +96,12 @@ class WorldSearch(AgentEnv):
             name = self.facts[name][relation]
         self.gold = name
 
-    def _is_found_backwards(self) -> bool:
-        """Only one has this boss, and its page is among the hits."""
-        reports = [name for name, facts in self.facts.items() if facts.get("boss") == self.anchor]
-        return len(reports) == 1 and reports[0] in titles(self.search(f"boss {self.anchor}"))
+    def _is_unique(self) -> bool:
+        return self.anchor is None or sum(facts.get("boss") == self.anchor for facts in self.facts.values()) == 1
 
     @tool(inline=True)
     def search(self, query: str) -> str:
-        """Find pages that hold all words of the query. Answers with number and title of each."""
+        """Find pages that hold all words of the query. Answers with title and number of each."""
         assert self.index is not None
         words = re.findall("[a-z0-9]+", query.lower())[:MAX_QUERY_WORDS]
         if not words:
@@ -112,14 +111,17 @@ class WorldSearch(AgentEnv):
             (" ".join(f'"{word}"' for word in words), self.num_hits),
         )
         # In order of their numbers: the best hit first would make reading the titles needless.
-        return "\n".join(f"{number} {title}" for number, title in sorted(hits)) or "nothing found"
+        return "\n".join(f"{title} {number}" for number, title in sorted(hits)) or "nothing found"
 
     @tool(inline=True)
-    def open(self, page: int) -> str:
-        """Read the page with this number."""
+    def open(self, page: int, fact: str = "") -> str:
+        """Read the page with this number, or only one fact of it, such as boss."""
         if page not in self.pages:
             raise ValueError("no such page")
-        return self.pages[page][1]
+        title, text = self.pages[page]
+        if fact and fact not in self.facts[title]:
+            raise ValueError("no such fact")
+        return self.facts[title][fact] if fact else text
 
     def reward(self, answer: str) -> dict[str, float]:
         return {"answer": float(answer.strip() == self.gold)}
@@ -140,29 +142,30 @@ class WorldSearch(AgentEnv):
         return self.research(random.Random(0), slip="")
 
     def noisy_oracle(self, rng: random.Random) -> Oracle:
-        """40% right, 35% name another fact of the last page, 15% open another hit, 10% search a relation first."""
+        """40% right; on the last page 30% read another fact, 20% open another hit, 10% search for the relation."""
         choice = rng.random()
         return self.research(
-            rng, slip="" if choice < 0.40 else "fact" if choice < 0.75 else "hit" if choice < 0.90 else "query"
+            rng, slip="" if choice < 0.40 else "fact" if choice < 0.70 else "hit" if choice < 0.90 else "query"
         )
 
     def research(self, rng: random.Random, slip: str) -> Oracle:
-        """Follow the path and name what stands at its end; `slip` is what goes wrong on the last page."""
-        title = ""
-        for index, name in enumerate(self.path):
+        """Follow the path and say the last fact; `slip` is what goes wrong on the last page."""
+        text = ""
+        for index, (name, relation) in enumerate(zip(self.path, self.relations, strict=True)):
             here = slip if index == len(self.path) - 1 else ""
             query = f"boss {self.anchor}" if index == 0 and self.anchor else name
-            replies = yield call("search", query=self.relations[-1] if here == "query" else query)
+            replies = yield call("search", query=relation if here == "query" else query)
             numbers = titles(replies[0].text)
             wanted = [title for title in numbers if (title != name) == (here in ("hit", "query"))]
-            title = rng.choice(wanted or list(numbers) or [name])
-            yield call("open", page=numbers.get(title, 0))
-        if not slip:
-            yield say(self.gold)
-        yield say(rng.choice([other for r, other in self.facts[title].items() if slip != "fact" or other != self.gold]))
+            title = rng.choice(wanted or list(numbers))
+            facts = [fact for fact in self.facts[title] if fact != relation]
+            fact = relation if here != "fact" and relation in self.facts[title] else rng.choice(facts)
+            replies = yield call("open", page=numbers[title], fact=fact)
+            text = replies[0].text
+        yield say(text)
 
 
 def titles(hits: str) -> dict[str, int]:
-    """Title -> page number of a search result. Example: "12 nim" -> {"nim": 12}."""
-    lines = [line.split() for line in hits.splitlines() if line[:1].isdigit()]
-    return {title: int(number) for number, title in lines}
+    """Title -> page number of a search result. Example: "nim 12" -> {"nim": 12}."""
+    lines = [line.split() for line in hits.splitlines() if line[-1:].isdigit()]
+    return {title: int(number) for title, number in lines}
