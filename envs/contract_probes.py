@@ -13,7 +13,7 @@ from envs.subject import Failure, Hung, Subject
 SOLVED = 1.0 - 1e-9
 ODD_ANSWERS = ("", "nan", "1e999", "-0", "\x00", "\ud800", "{", "9" * 5000, "[" * 3000, "None", "٣", "a\nb")
 ODD_VALUES = ("", "\ud800\x00", None, [], {"a": {}}, -1, 2**70, 1e308, "9" * 5000, "'; drop table x; --", "../../etc")
-_TASKS = 6
+_TASKS = 3
 """Tasks in which every odd message is tried."""
 _TOOL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 _SHOWN_CHARS = 160

@@ -8,6 +8,7 @@ import random
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from envs.base import AgentEnv, Oracle, call, say
@@ -74,17 +75,9 @@ class BadSchema(Vault):
 
     def tools(self) -> dict[str, Tool]:
         found = dict(super().tools())
-        look = found["look"]
         parameters = {"type": "object", "properties": {"box": {"type": "text"}}, "required": ["box"]}
         spec = ToolSpec(name="look", description="Look into a box.", parameters=parameters)
-        changed = Tool(
-            spec=spec,
-            function=look.function,
-            model=look.model,
-            parameter_names=look.parameter_names,
-            options=look.options,
-        )
-        return {**found, "look": changed}
+        return {**found, "look": replace(found["look"], spec=spec)}
 
 
 class PaysSilence(Vault):
@@ -131,33 +124,17 @@ class YesOrNo(Vault):
 
 
 class TellsInErrors(Vault):
-    """The message of a refusal names what was asked for."""
-
-    def tools(self) -> dict[str, Tool]:
-        def look(box: str) -> str:
-            """Look into a box."""
-            if box != self.box:
-                raise ValueError(f"wrong box: not {self.gold}")
-            return self.gold
-
-        return {"look": Tool.from_function(look)}
+    """Its refusals name what was asked for."""
 
     async def respond(self, message: Message) -> Any:
         replies, terminated, truncated = await super().respond(message)
-        told = tuple(
-            Message.tool(
-                type(r.tool_result)(
-                    call_id=r.tool_result.call_id,
-                    name=r.tool_result.name,
-                    content=f"{r.text} (expected {self.gold})",
-                    error=r.tool_result.error,
-                )
-            )
-            if r.tool_result and r.tool_result.error
-            else r
-            for r in replies
-        )
-        return told, terminated, truncated
+        return tuple(map(self._with_hint, replies)), terminated, truncated
+
+    def _with_hint(self, reply: Message) -> Message:
+        result = reply.tool_result
+        if result is None or result.error is None:
+            return reply
+        return Message.tool(replace(result, content=f"{reply.text} (expected {self.gold})"))
 
 
 class TellsInPrompt(Vault):

@@ -52,7 +52,7 @@ def test_help_names_every_command_and_shows_examples(capsys):
     ("words", "told"),
     [
         (["trian"], "unknown command 'trian'. Did you mean 'train'?"),
-        (["train", "env=clac"], "unknown env 'clac'. Did you mean 'calculator'?"),
+        (["train", "env=calclator"], "unknown env 'calclator'. Did you mean 'calculator'?"),
         (["train", "rollout.max_stalenes=1"], "Did you mean 'rollout.max_staleness'?"),
         (["train", "-m", "seed=1,2", "stepz=3"], "unknown key 'stepz'. Did you mean 'steps'?"),
         (["train", "sft.steps=3"], "'sft.steps=3' has no effect"),
