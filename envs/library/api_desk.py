@@ -73,9 +73,8 @@ class ApiDesk(AgentEnv):
             return Order(action=action, row=row)
         _, table, field = WORDS_OF_VALUE[action]
         source = rng.choice([other for other in self.before[table] if other != row])
-        return Order(
-            action=action, row=row, value=self.before[table][source][field], source=source * with_source or None
-        )
+        value = self.before[table][source][field]
+        return Order(action=action, row=row, value=value, source=source if with_source else None)
 
     def _after(self, order: Order) -> dict[str, str]:
         table = TABLE_OF[order.action]

@@ -57,11 +57,11 @@ class WorldSearch(AgentEnv):
             }
             for name, kind in self.kinds.items()
         }
-        titles = list(names)
-        rng.shuffle(titles)
-        remarks = {name: rng.sample(titles, max(0, level - 2) // 2) for name in titles}
+        shuffled = list(names)
+        rng.shuffle(shuffled)
+        remarks = {name: rng.sample(shuffled, max(0, level - 2) // 2) for name in shuffled}
         self.pages = {
-            number: (name, self._page_text(rng, name, remarks[name])) for number, name in enumerate(titles, start=10)
+            number: (name, self._page_text(rng, name, remarks[name])) for number, name in enumerate(shuffled, start=10)
         }
         self._drop_index()
         self.index = sqlite3.connect(":memory:", check_same_thread=False)
