@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import time
 import zlib
 from collections import defaultdict
@@ -70,8 +71,9 @@ class PoolService:
         return await self._server.collect(client_id, max_wait_s)
 
     async def stats(self) -> dict[str, float]:
-        """Open episodes, failures, abandoned threads; resident MiB; how late the event loop runs (p99, seconds)."""
-        return {**self._pool.stats, "resident_mib": resident_mib(), "loop_lag_p99_s": self._lag.p99_s()}
+        """Open episodes, failures, abandoned threads; pid, resident MiB; how late the loop wakes (p99, seconds)."""
+        process = {"pid": os.getpid(), "resident_mib": resident_mib(), "loop_lag_p99_s": self._lag.p99_s()}
+        return {**self._pool.stats, **process}
 
     async def _handle(self, client_id: str, operation: str, arguments: tuple[Any, ...]) -> Any:
         if operation == "digests":
