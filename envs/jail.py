@@ -115,9 +115,8 @@ class Zygote:
         except (OSError, SandboxFault, SandboxUnavailable) as error:
             said = self._said()
             self.close()
-            raise (
-                type(error)(f"{error}{said}") if isinstance(error, RuntimeError) else SandboxFault(str(error))
-            ) from error
+            kind = SandboxUnavailable if isinstance(error, SandboxUnavailable) else SandboxFault
+            raise kind(f"{error}{said}") from error
         if "error" in hello:
             self.close()
             raise SandboxUnavailable(hello["error"])

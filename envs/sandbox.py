@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from envs.errors import InfraFault
 from envs.worker_thread import run_sync
 
 ExitKind = Literal["ok", "error", "timeout", "cpu", "memory", "output", "disk", "signal"]
@@ -31,8 +32,8 @@ class SandboxUnavailable(RuntimeError):
     """No isolation that was asked for works here; the text says why for each, and what to do."""
 
 
-class SandboxFault(RuntimeError):
-    """The sandbox itself broke (its process died). The machine's fault, not that of the code."""
+class SandboxFault(InfraFault):
+    """The sandbox itself broke (its process died). The machine's fault, not that of the code or of the policy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -9,12 +10,16 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from envs import confinement
-from envs.jail import ZygotePool, launcher_of
+from envs.base import AgentEnv, call
+from envs.jail import Zygote, ZygotePool, launcher_of
+from envs.outcome import StepOutcome
+from envs.pool import EnvPool
 from envs.sandbox import (
     Execution,
     Limits,
@@ -26,6 +31,8 @@ from envs.sandbox import (
     run_code,
     same_data,
 )
+from envs.task import Task
+from envs.tool import tool
 from envs.worker_thread import run_sync
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -187,6 +194,46 @@ def test_a_zygote_that_dies_twice_is_a_fault_and_not_a_result() -> None:
             asyncio.run(asyncio.wait_for(killed(pool), 30))
     finally:
         pool.close()
+
+
+class RunsCode(AgentEnv):
+    """A tool in a sandbox whose process ends under it."""
+
+    def task(self, rng: random.Random, level: int) -> str:
+        return "run it"
+
+    @tool
+    async def run(self, source: str) -> str:
+        """Run Python."""
+
+        class Dying(Zygote):
+            def exchange(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+                os.kill(self.pid, signal.SIGKILL)
+                return super().exchange(request, timeout_s)
+
+        zygote = Dying(launcher_of("jail", ""))
+        try:
+            return str(zygote.exchange({"source": source}, 10.0))
+        finally:
+            zygote.close()
+
+    def reward(self, answer: str) -> float:
+        return 0.0
+
+
+def test_a_sandbox_that_dies_in_a_tool_is_no_result_but_a_fault_of_the_machine() -> None:
+    async def episode() -> StepOutcome:
+        pool = EnvPool()
+        opened = await pool.open("a", Task(task_id="t", env_id=f"{__name__}:RunsCode", env_name="e", seed=1))
+        assert opened.failure is None, opened.failure
+        outcome = await pool.step("a", call("run", source="1"))
+        await pool.close_all()
+        return outcome
+
+    outcome = asyncio.run(asyncio.wait_for(episode(), 30))
+    assert outcome.messages == () and outcome.failure is not None
+    assert (outcome.failure.kind, outcome.failure.where) == ("infra", "step")
+    assert "sandbox's process ended" in outcome.failure.message
 
 
 def test_the_last_user_closes_the_processes_and_folders() -> None:
