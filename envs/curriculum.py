@@ -122,7 +122,7 @@ class Curriculum:
         self._climbs = {entry.name: _Climb(self._first_level(entry)) for entry in self._entries}
         self._groups: dict[tuple[str, int], deque[_Group]] = {}
         self._out: dict[int, tuple[str, int]] = {}
-        self._problems: dict[str, dict[int, tuple[int, float]]] = {}  # name -> problem -> (counter, success)
+        self._problems: dict[tuple[str, int], dict[int, tuple[int, float]]] = {}  # problem -> (counter, success)
         self._problem_of: dict[int, int] = {}
 
     @property
@@ -144,7 +144,7 @@ class Curriculum:
         if self._config.sampler == "levels":
             return Draw(entry=entry, level=self._climbing_level(entry.name, counter))
         if self._config.sampler == "pool":
-            return Draw(entry=entry, level=entry.level, problem=self._pooled_problem(entry.name, counter))
+            return Draw(entry=entry, level=entry.level, problem=self._pooled_problem(entry, counter))
         return Draw(entry=entry, level=entry.level)
 
     def dispatched(self, counter: int, name: str, level: int, problem: int | None = None) -> None:
@@ -162,14 +162,13 @@ class Curriculum:
         cell = self._out.pop(counter, None)
         if cell is None:
             return
-        name, _ = cell
         group = next(group for group in reversed(self._groups[cell]) if group.counter == counter)
         group.outcome = outcome
         if (problem := self._problem_of.pop(counter, None)) is not None:
-            known = self._problems.setdefault(name, {})
+            known = self._problems.setdefault(cell, {})
             known[problem] = max(known.get(problem, (-1, 0.0)), (counter, outcome.success))
-        if self._config.sampler == "levels" and name in self._climbs:
-            self._climb(name)
+        if self._config.sampler == "levels" and cell[0] in self._climbs:
+            self._climb(cell[0])
         self._forget(cell)
 
     @property
@@ -232,8 +231,8 @@ class Curriculum:
 
     # --- pool -------------------------------------------------------------------------------------------------------
 
-    def _pooled_problem(self, name: str, counter: int) -> int:
-        known = self._problems.get(name, {})
+    def _pooled_problem(self, entry: TaskEntry, counter: int) -> int:
+        known = self._problems.get((entry.name, entry.level), {})
         outer = sorted(problem for problem, (_, success) in known.items() if not HARD < success <= EASY)
         num_normal = self._config.pool_size - len(outer)
         normal_share = num_normal / (num_normal + OUTER_WEIGHT * len(outer))
@@ -280,15 +279,16 @@ class Curriculum:
                 ]
                 for (name, level), groups in self._groups.items()
             ],
-            "problems": {
-                name: [[problem, *last] for problem, last in known.items()] for name, known in self._problems.items()
-            },
+            "problems": [
+                [name, level, [[problem, *last] for problem, last in known.items()]]
+                for (name, level), known in self._problems.items()
+            ],
             "problem_of": list(self._problem_of.items()),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken. Environments that left the mix are forgotten, a frontier outside the levels
-        that the config names now moves inside."""
+        """Go on where `state` was taken. Environments that left the mix and problems that left the pool are forgotten,
+        a frontier outside the levels that the config names now moves inside."""
         if state["format"] != FORMAT:
             raise ValueError(f"curriculum state of format {state['format']!r}, this version reads {FORMAT}")
         self.next_counter = state["next_counter"]
@@ -305,7 +305,7 @@ class Curriculum:
                 )
         self._out = {g.counter: cell for cell, groups in self._groups.items() for g in groups if g.outcome is None}
         self._problems = {
-            name: {problem: (counter, success) for problem, counter, success in rows}
-            for name, rows in state["problems"].items()
+            (name, level): {p: (counter, success) for p, counter, success in rows if p < self._config.pool_size}
+            for name, level, rows in state["problems"]
         }
         self._problem_of = {counter: problem for counter, problem in state["problem_of"] if counter in self._out}

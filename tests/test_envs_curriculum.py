@@ -1,6 +1,7 @@
 """The curriculum by hand, under any order of arrival, across kills, and in a simulated training."""
 
 import asyncio
+import dataclasses
 import json
 import random
 from collections import Counter
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.schema import CurriculumConfig
+from envs.base import AgentEnv
 from envs.curriculum import Curriculum, Outcome, TaskEntry
 from envs.pool import EnvPool
 from envs.task_source import TaskSource, held_out_tasks, make_task
@@ -245,7 +247,23 @@ def test_the_class_of_a_problem_is_that_of_its_last_dispatched_group() -> None:
     curriculum.dispatched(1, "calc", 0, 0)
     curriculum.record(1, Outcome(success=1.0))
     curriculum.record(0, Outcome(success=0.5))  # older, although it came later
-    assert curriculum.state()["problems"] == {"calc": [[0, 1, 1.0]]}
+    assert curriculum.state()["problems"] == [["calc", 0, [[0, 1, 1.0]]]]
+
+
+def test_a_resumed_pool_forgets_problems_that_are_not_in_it_any_more() -> None:
+    old = make(CurriculumConfig(sampler="pool", pool_size=30))
+    for problem in range(30):
+        old.dispatched(problem, "calc", 0, problem)
+        old.record(problem, Outcome(success=1.0))
+    state = json.loads(json.dumps(old.state()))
+    smaller = make(CurriculumConfig(sampler="pool", pool_size=5))
+    smaller.load_state(state)
+    assert {smaller.draw(i).problem for i in range(100)} == set(range(5))
+    harder = make(CurriculumConfig(sampler="pool", pool_size=30), dataclasses.replace(CALC, level=3))
+    harder.load_state(state)
+    assert [harder.draw(i).problem for i in range(100)] == [
+        make(CurriculumConfig(sampler="pool", pool_size=30)).draw(i).problem for i in range(100)
+    ]  # of another level, so nobody has tried them
 
 
 # --- tasks
@@ -283,6 +301,31 @@ def test_held_out_tasks_of_a_level_are_disjoint_from_training_at_all_levels() ->
     levels, shared = asyncio.run(overlap())
     assert levels == {5}
     assert shared == 0
+
+
+class Sums(AgentEnv):
+    """Forty problems, the same at every level."""
+
+    def task(self, rng: random.Random, level: int) -> str:
+        return f"{rng.randrange(40)}+1=?"
+
+    def reward(self, answer: str) -> float:
+        return 0.0
+
+
+def test_a_held_out_problem_that_another_level_draws_too_is_not_trained_on() -> None:
+    async def overlap() -> tuple[int, int]:
+        host, entry = EnvPool(), TaskEntry(name="sums", env_id=f"{__name__}:Sums", weight=1.0, level=0, kwargs={})
+        held_out = await held_out_tasks((entry,), host, count=20, seed=0)
+        curriculum = make(CurriculumConfig(sampler="uniform", min_level=1, max_level=5), entry)
+        source = TaskSource((entry,), host, seed=1, held_out=frozenset(held_out), curriculum=curriculum)
+        trained = [await host.open(str(i), await source.next()) for i in range(60)]
+        evaluated = [await host.open(f"e{i}", task) for i, task in enumerate(held_out.values())]
+        prompts = [{outcome.messages[-1].text for outcome in outcomes} for outcomes in (trained, evaluated)]
+        await host.close_all()
+        return len(prompts[1]), len(prompts[0] & prompts[1])
+
+    assert asyncio.run(overlap()) == (20, 0)
 
 
 # --- a simulated training
