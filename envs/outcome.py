@@ -28,8 +28,8 @@ class ResetOutcome:
     tools: tuple[ToolSpec, ...] = ()
     max_turns: int = 8
     problem_digest: str = ""
-    """sha256 of the environment's class and version, the prompt and the hidden state: equal digests mean equal problems,
-    at whatever level they were drawn."""
+    """sha256 of the environment's class and version, the prompt and the hidden state: equal digests mean equal
+    problems, at whatever level they were drawn."""
     meta: dict[str, Any] = field(default_factory=dict)
     failure: EnvFailure | None = None
 

@@ -211,15 +211,17 @@ def next_counter(ledger: Ledger) -> int:
 def catch_up(source: TaskSource, ledger: Ledger, ended: Sequence[TrajectoryGroup]) -> None:
     """Tell a curriculum what happened since its checkpoint: groups that were issued, and those that came to an end.
 
-    Groups that are queued again or wait for the learner unread stay open: they are settled when they end anew.
+    Groups that are queued again or wait for the learner unread stay open: they are settled when they end anew. What is
+    consumed was so before the checkpoint, whose state knows it; one of version 0.1 has no state, and then consumed
+    groups stay out of the statistics: nothing tells their rewards any more.
     """
-    states = {state: ledger.tasks_in(state) for state in GroupState}
+    states = {state: ledger.tasks_in(state) for state in GroupState if state != GroupState.CONSUMED}
     for task in sorted((task for tasks in states.values() for task in tasks), key=counter_of):
         source.adopt(task)
     for group in ended:
         source.settled(group.task, outcome_of(group))
-    for task in states[GroupState.DROPPED] + states[GroupState.CONSUMED]:
-        source.settled(task, Outcome())  # of those not settled yet: nothing is left to judge them by
+    for task in states[GroupState.DROPPED]:
+        source.settled(task, Outcome())  # of those not settled yet: nothing of them was stored
 
 
 @dataclass(kw_only=True, slots=True)

@@ -96,14 +96,15 @@ class GroupBuffer:
     async def take(self, num_groups: int, learner_version: int, *, timeout_s: float) -> list[TrajectoryGroup]:
         """The P groups of the next step, in admission order.
 
-        Raises TimeoutError saying what it waited for, `BufferClosed`, or `StalenessViolation` where no order of the
-        admitted groups can keep the bound.
+        Raises TimeoutError saying what it waited for where nothing was admitted, put or dropped for `timeout_s`,
+        `BufferClosed`, or `StalenessViolation` where no order of the admitted groups can keep the bound.
         """
         async with self._changed:
             try:
-                async with asyncio.timeout(timeout_s):
+                async with asyncio.timeout(timeout_s) as limit:
                     while (chosen := self._choose(num_groups, learner_version)) is None:
                         await self._changed.wait()
+                        limit.reschedule(asyncio.get_running_loop().time() + timeout_s)
             except TimeoutError:
                 raise TimeoutError(self._waits_for(num_groups, learner_version, timeout_s)) from None
             for entry in chosen:

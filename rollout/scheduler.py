@@ -48,7 +48,7 @@ class GroupsFailing(RuntimeError):
 
 @dataclass(kw_only=True, slots=True)
 class RolloutCounters:
-    """Since the run began."""
+    """Of this process; the two kinds of dropped groups since the run began."""
 
     admitted: int = 0
     committed: int = 0
@@ -121,6 +121,9 @@ class Scheduler:
         slots, `finished` were consumed. Call before `run`."""
         self._backlog.extend(queued)
         self._finished = finished
+        dropped = self._ledger.audit()["dropped"]
+        self.counters.gated = dropped.get(NO_SIGNAL, 0)
+        self.counters.dropped = sum(dropped.values()) - self.counters.gated
         self._gate.restore(len(committed))
         for group in committed:
             await self._buffer.admit(group.group_id, max(group.min_policy_version, 0) // versions_per_step)

@@ -16,12 +16,12 @@ from conf.schema import CurriculumConfig, TrainConfig
 from envs.curriculum import Curriculum, Outcome
 from envs.outcome import EnvHost
 from envs.pool import EnvPool
-from envs.task_source import TaskSource, counter_of
+from envs.task_source import TaskSource, counter_of, make_task
 from policy.tokenizer import ByteTokenizer
 from rl.checkpoint import load_latest
 from rl.cli import main
 from rl.train import catch_up, evaluation_levels, task_entries
-from rollout.ledger import Ledger
+from rollout.ledger import Ledger, read_audit
 from rollout.renderer import make_renderer
 from rollout.scheduler import outcome_of
 from rollout.signal_gate import SignalGate
@@ -216,6 +216,35 @@ def test_a_finished_run_is_resumed_for_more_steps_where_its_curriculum_stood(
     assert after["next_counter"] > before["next_counter"]
     assert main(["eval", "latest", "--root", str(root), "evaluation.level=1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["n"] == 4
+
+
+def test_what_was_dropped_before_a_resume_is_still_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "runs"
+    words = [GATE, "rollout.max_turn_tokens=4", f"run.root={root}"]
+    assert main(["train", *SMALL, *words, "steps=2"]) == 0
+    assert main(["resume", "latest", "--root", str(root), "steps=3"]) == 0
+    capsys.readouterr()
+    rows = [json.loads(line) for line in (root / "latest" / "metrics.jsonl").read_text().splitlines()]
+    gated = [row["curriculum/gated_groups"] for row in rows if row["kind"] == "step"]
+    assert 0 < gated[1] < gated[2]  # the benchmark counts dispatched groups by it
+    assert gated[2] == read_audit(root / "latest" / "ledger.sqlite")["dropped"]["zero_variance"]
+
+
+def test_groups_consumed_before_a_checkpoint_without_a_curriculum_do_not_count_as_failed(tmp_path: Path) -> None:
+    curriculum = CurriculumConfig(sampler="levels", window=3)
+    config = dataclasses.replace(small_config(tmp_path, "env.level=2"), curriculum=curriculum)
+    source = TaskSource(
+        task_entries(config), EnvPool(), seed=1, held_out=frozenset(),
+        curriculum=Curriculum(task_entries(config), curriculum, seed=1),
+    )  # fmt: skip
+    with closing(Ledger(tmp_path / "ledger.sqlite")) as ledger:
+        for counter in range(9):
+            task = make_task(task_entries(config), split="train", seed=1, counter=counter)
+            ledger.issue([task])
+            ledger.commit(task.task_id, ledger.lease(task.task_id, "w", 9.0), "digest")
+            ledger.consume([task.task_id], 1)
+        catch_up(source, ledger, [])
+    assert source.curriculum.frontier("calculator") == 2
 
 
 def test_demonstrations_have_no_rewards_to_climb_by(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from rl.checkpoint import load_latest
 from rl.run_folder import RunFolder
 from rollout.ledger import read_audit
 from rollout.recorder import TrajectoryReader
@@ -102,6 +103,29 @@ def test_a_run_whose_driver_was_killed_continues_from_its_checkpoint_and_repeats
         time.sleep(0.2)
     subprocess.run(shoal("resume", str(folder.path), "steps=9"), check=True, capture_output=True, timeout=240)
     trained_once(folder, groups=18)
+
+
+def test_a_curriculum_with_a_gate_goes_on_after_the_driver_was_killed(tmp_path: Path) -> None:
+    words = (
+        "curriculum=levels", "curriculum.max_level=2", "curriculum.window=4", "curriculum.gate=zero_variance",
+        "engine.max_model_tokens=384", "steps=40", "run.checkpoint_every=2", "env.kwargs.latency_median_s=0.05",
+    )  # fmt: skip
+    process = start(tmp_path, *words)
+    folder = wait_for_step(tmp_path, 3)
+    process.kill()
+    process.communicate(timeout=30)
+    gated = read_audit(folder.ledger)["dropped"].get("zero_variance", 0)
+    subprocess.run(shoal("resume", str(folder.path), "steps=5"), check=True, capture_output=True, timeout=240)
+    audit = read_audit(folder.ledger)
+    assert (audit["balanced"], audit["consumed"]) == (True, 10)
+    assert (audit["queued"], audit["leased"], audit["committed"]) == (0, 0, 0)
+    assert audit["dropped"].keys() <= {"zero_variance"}
+    assert audit["dropped"].get("zero_variance", 0) >= gated
+    steps = [row for row in map(json.loads, folder.metrics.read_text().splitlines()) if row["kind"] == "step"]
+    assert max(row["off_policy/lag/max"] for row in steps) <= 2
+    state = load_latest(folder.checkpoints).state["run"]["curriculum"]
+    assert state["next_counter"] >= audit["issued"]
+    assert all(len(group) == 3 for _, _, groups in state["groups"] for group in groups)  # none is awaited for ever
 
 
 def test_no_process_of_a_finished_run_stays(tmp_path: Path) -> None:

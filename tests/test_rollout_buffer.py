@@ -132,6 +132,23 @@ def test_a_waiting_learner_is_woken_by_the_group_it_waits_for() -> None:
     run(scenario())
 
 
+def test_groups_that_go_on_ending_are_no_stall() -> None:
+    """A gate may refuse several rounds of groups before a step has enough that teach."""
+
+    async def scenario() -> list[str]:
+        buffer = GroupBuffer(5)
+        await buffer.admit("0", 0)
+        waiting = asyncio.create_task(buffer.take(1, 0, timeout_s=0.3))
+        for i in range(5):
+            await asyncio.sleep(0.12)
+            await buffer.drop(str(i))
+            await buffer.admit(str(i + 1), 0)
+        await buffer.put(group("5"))
+        return [g.group_id for g in await waiting]
+
+    assert asyncio.run(scenario()) == ["5"]
+
+
 def test_a_timeout_names_what_was_waited_for_and_loses_nothing() -> None:
     async def scenario() -> None:
         buffer = await filled(0, "ab", "b", version=7)
