@@ -61,6 +61,7 @@ class PoolService:
         self._exit_process = exit_process
         self._num_closed = 0
         self._recycling = False
+        self._exiting = False
         self._lag = LagMeter()
 
     async def submit(self, client_id: str, requests: list[Request]) -> str:
@@ -110,12 +111,15 @@ class PoolService:
                 return
             logger.warning("recycling this pool: %s", ", ".join(name for name, is_due in due.items() if is_due))
             self._recycling = True
-        if stats["open"] == 0:
+        if stats["open"] == 0 and not self._exiting:
+            self._exiting = True
             asyncio.get_running_loop().call_later(_LAST_ANSWERS_S, self._exit_process)
 
     async def _forget(self, client_id: str) -> None:
         for far_key in self._keys.pop(client_id, set()):
             await self._pool.close(far_key)
+            self._num_closed += 1
+        self._recycle_if_due()  # these may be the last episodes that a recycled pool waited for
 
 
 class MailboxHost:

@@ -150,12 +150,39 @@ def test_a_recycled_pool_ends_its_episodes_first_and_no_episode_fails(monkeypatc
             return stepped.messages[0].text
 
         texts = await asyncio.gather(*(episode(i) for i in range(10)))
+        until = time.monotonic() + 5
+        while pools.num_starts < 2 and time.monotonic() < until:  # all ten may have been open before three had ended
+            await asyncio.sleep(0.02)
         await host.aclose()
         return pools.num_starts, texts
 
     num_starts, texts = asyncio.run(play())
     assert texts == ["done"] * 10
     assert num_starts >= 2
+
+
+def test_a_pool_that_waits_for_the_episodes_of_a_lost_client_is_recycled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("envs.client._LAST_ANSWERS_S", 0.02)
+
+    async def play() -> int:
+        exits: list[int] = []
+        limits = PoolLimits(recycle_episodes=1)
+        service = PoolService(limits=limits, client_timeout_s=0.3, exit_process=lambda: exits.append(1))
+        lost, keen = (MailboxHost([_line(lambda: service, name)], retry_s=0.05) for name in ("lost", "keen"))
+        assert (await lost.open("a", task(1))).failure is None
+        assert (await keen.open("b", task(2))).failure is None
+        await keen.close("b")  # one episode is over: due, but the lost client's is still open
+        await lost.aclose()
+        until = time.monotonic() + 5
+        while not exits and time.monotonic() < until:
+            await keen.close("nobody")
+            await asyncio.sleep(0.1)
+        await keen.close("nobody")
+        await asyncio.sleep(0.1)
+        await keen.aclose()
+        return len(exits)
+
+    assert asyncio.run(play()) == 1
 
 
 def test_without_somebody_to_start_it_again_a_pool_is_never_recycled() -> None:
@@ -171,11 +198,11 @@ def test_without_somebody_to_start_it_again_a_pool_is_never_recycled() -> None:
     assert asyncio.run(play()) == 3
 
 
-def _line(service: Callable[[], PoolService]) -> Mailbox:
+def _line(service: Callable[[], PoolService], client_id: str = "b") -> Mailbox:
     async def submit(client_id: str, requests: list[Request]) -> str:
         return await service().submit(client_id, requests)
 
     async def collect(client_id: str, max_wait_s: float) -> Any:
         return await service().collect(client_id, max_wait_s)
 
-    return Mailbox(client_id="b", submit=submit, collect=collect, poll_s=0.1)
+    return Mailbox(client_id=client_id, submit=submit, collect=collect, poll_s=0.1)
