@@ -7,7 +7,7 @@ key, the value and what would be right. Standard library only.
 import netrc
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import SequenceMatcher
 from importlib.util import find_spec
@@ -130,6 +130,9 @@ ENV_ID = re.compile(r"[\w-]+-v\d+|[A-Za-z_][\w.]*:[A-Za-z_][\w.-]*")
 IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 NAME = re.compile(r"\w[\w.-]*")
 RUN_NAME = re.compile(r"[a-z0-9-]+")
+VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+MIN_SECRET_CHARS = 6
+"""Shorter values also occur by chance, and taking them out would destroy texts."""
 FAILPOINT_PHASES = ("reset", "sample", "tool", "commit", "swap")
 
 
@@ -235,6 +238,24 @@ def _check_names(config: TrainConfig) -> None:
             raise ConfigError(f"{key}={value!r} is no environment id: write Name-v0, module:Name-v0 or module:Class")
         if ":" in value:
             _check_importable(key, value)
+
+
+def secret_values(names: Sequence[str]) -> dict[str, str]:
+    """Values of the variables that `env.secrets` names. Raises `ConfigError`, which shows none of them."""
+    for number, name in enumerate(names, start=1):
+        if not VARIABLE.fullmatch(name):
+            raise ConfigError(
+                f"env.secrets: entry {number} is no name of an environment variable (it is not shown here, it may be "
+                "the secret itself). Write the name: env.secrets=[JUDGE_KEY]"
+            )
+        if name not in os.environ:
+            raise ConfigError(f"env.secrets names {name}, but no environment variable {name} is set: export it first")
+        if len(os.environ[name].strip()) < MIN_SECRET_CHARS:
+            raise ConfigError(
+                f"env.secrets: the value of {name} has fewer than {MIN_SECRET_CHARS} characters. It would be taken out "
+                "wherever it occurs, also by chance: choose a longer one"
+            )
+    return {name: os.environ[name] for name in names}
 
 
 def _combination_problems(config: TrainConfig) -> Iterator[str]:

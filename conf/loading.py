@@ -202,13 +202,18 @@ def _checked(tree: dict[str, Any]) -> TrainConfig:
 
 
 def _build(kind: Any, value: Any, key: str) -> Any:
-    """`value` as `kind`, or `ConfigError` naming `key`. Kinds: dataclass, dict[str, kind], int, float, bool, str."""
+    """`value` as `kind`, or `ConfigError` naming `key`. Kinds: dataclass, dict[str, kind],
+    tuple[kind, ...], int, float, bool, str."""
     if is_dataclass(kind):
         return _build_section(kind, value, key)
     if get_origin(kind) is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{key}={value!r} must be a mapping, such as {{name: value}}")
         return {str(name): _build(get_args(kind)[1], item, f"{key}.{name}") for name, item in value.items()}
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):  # not shown: it may be a secret where its name was wanted
+            raise ConfigError(f"{key} must be a list, such as [A, B]")
+        return tuple(_build(get_args(kind)[0], item, f"{key}.{i}") for i, item in enumerate(value))
     if kind is Any:
         return value
     if kind is bool and isinstance(value, bool):

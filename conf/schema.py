@@ -38,7 +38,8 @@ class EnvConfig:
     """Name -> entry; empty = the one environment above."""
     tool_cost: float = 0.0
     """Learner-side price of tool calls beyond the cheapest (by their declared costs, 1 each by default) among the
-    group's correct trajectories. Taken only from correct ones, never enough to make one worth less than a wrong one. 0 = off."""
+    group's correct trajectories. Taken only from correct ones, never enough to make one worth less than a wrong one.
+    0 = off."""
     tool_cost_below: float = 0.5
     """The cost is taken only in easy groups: those whose share of wrong trajectories is below this; 1 = in all."""
     # --- advanced ---
@@ -56,6 +57,8 @@ class EnvConfig:
     """Resident memory after which a pool ends its episodes and starts in a new process (leaks); 0 = never."""
     recycle_episodes: int = 0
     """The same after so many episodes; 0 = never."""
+    secrets: tuple[str, ...] = ()
+    """Names of environment variables for environments alone, such as [JUDGE_KEY]; their values are shown nowhere."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

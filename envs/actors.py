@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -14,6 +14,8 @@ from envs.call_batching import Delivery, Mailbox, Request
 from envs.client import MailboxHost, PoolService
 from envs.errors import HostLost
 from envs.pool_limits import PoolLimits
+from envs.printed import PrintedStream
+from envs.redaction import expose
 
 Result = TypeVar("Result")
 
@@ -29,8 +31,13 @@ class EnvPoolActor(PoolService):
         log_folder: str = "",
         name: str = "pool",
         limits: PoolLimits | None = None,
+        secrets: Mapping[str, str] | None = None,
     ) -> None:
-        """Failures and everything environments print go to `log_folder`/`name`.log, where a folder is given."""
+        """Failures and everything environments print go to `log_folder`/`name`.log, where a folder is given.
+
+        `secrets` become variables of this process alone. An argument, for Ray writes a runtime_env into its logs.
+        """
+        expose(secrets or {})
         super().__init__(
             reset_timeout_s=reset_timeout_s,
             step_timeout_s=step_timeout_s,
@@ -88,8 +95,8 @@ def _exit_process() -> None:
 
 
 def _log_to_file(path: Path) -> None:
-    """Send log records and prints of this process, which is ours alone, to one file."""
-    stream = path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
+    """Send log records and prints of this process, which is ours alone, to one file; an episode's to it as well."""
+    stream = PrintedStream(path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace"))
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logging.getLogger().addHandler(handler)

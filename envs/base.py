@@ -42,6 +42,7 @@ import gymnasium
 
 from envs.errors import BadArguments, BadReward, InfraFault, MalformedEnvironment
 from envs.message import ImagePart, Message, TextPart, ToolCall, ToolResult, ToolSpec
+from envs.redaction import redacted
 from envs.space import ActionSpace, ObservationSpace
 from envs.task import Problem
 from envs.tool import DEFAULT_COST, Tool, ToolOptions, as_content, bind_tools, cut_middle
@@ -304,7 +305,7 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
         result = ToolResult(
             call_id=tool_call.call_id or str(index),
             name=tool_call.name,
-            content=cut_middle(content, self.max_result_chars),
+            content=cut_middle(redacted(content), self.max_result_chars),
             error=error,
             seconds=time.monotonic() - started,
         )
@@ -345,7 +346,7 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
             if limit.expired():
                 return "error: timed out", (), "timeout"
             logger.debug("a tool raised", exc_info=True)
-            return f"error: {str(error)[:_SHOWN_CHARS] or type(error).__name__}", (), "tool_error"
+            return f"error: {redacted(str(error))[:_SHOWN_CHARS] or type(error).__name__}", (), "tool_error"
 
     async def _wait_latency(self) -> None:
         if self.latency_median_s > 0:
@@ -389,5 +390,5 @@ def _finite(name: object, part: object) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if isinstance(part, str | bytes) or not math.isfinite(number):
-        raise BadReward(f"reward() returned {name} = {part!r:.{_SHOWN_CHARS}}, not a finite number")
+        raise BadReward(f"reward() returned {name} = {redacted(repr(part))[:_SHOWN_CHARS]}, not a finite number")
     return number

@@ -4,6 +4,8 @@ import asyncio
 import traceback
 from pathlib import Path
 
+from envs.redaction import redacted
+
 TRACEBACK_CHARS = 8000
 """Longest traceback that is kept; of a longer one the end is, where the cause stands."""
 
@@ -45,11 +47,12 @@ class HostLost(ConnectionError):
 def author_traceback(error: BaseException) -> str:
     """Format `error` without the frames of the machinery that called the author's code.
 
-    Environments in envs/library count as authors' code. All frames are kept where none is left.
+    Environments in envs/library count as authors' code. All frames are kept where none is left. Secrets are redacted,
+    before anything is cut.
     """
     formatted = traceback.TracebackException.from_exception(error)
     _drop_our_frames(formatted)
-    return "".join(formatted.format())[-TRACEBACK_CHARS:]
+    return redacted("".join(formatted.format()))[-TRACEBACK_CHARS:]
 
 
 def _drop_our_frames(formatted: traceback.TracebackException) -> None:

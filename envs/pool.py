@@ -5,6 +5,8 @@ with a failure; nothing it does raises out of the pool. What hangs in a coroutin
 is abandoned with its thread and counted. Blocking code inside an `async def` (or in an `inline` environment) stops the
 whole loop and cannot be cut: nothing in this process can help there, only the caller's own deadline.
 
+Text leaves the pool here and is redacted here: outcomes, and what is logged of failures.
+
 Waits: every operation waits for its own author's code, at most its deadline; `finish` and `close` first cancel a
 running operation of the same key.
 """
@@ -14,7 +16,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from envs.base import AgentEnv
@@ -22,6 +24,8 @@ from envs.errors import EnvError, InfraFault, author_traceback
 from envs.message import Message
 from envs.outcome import EnvFailure, ResetOutcome, StepOutcome
 from envs.pool_limits import PoolLimits, TurnTaker
+from envs.printed import Printed, printing
+from envs.redaction import redacted
 from envs.registry import construct, find_class
 from envs.task import Task
 from envs.worker_thread import WorkerThread
@@ -40,6 +44,12 @@ class _Episode:
     env_name: str
     env: AgentEnv | None = None
     running: "asyncio.Task[Any] | None" = None
+    printed: Printed = field(default_factory=Printed)
+
+    def last_meta(self, env: AgentEnv | None) -> dict[str, Any]:
+        """Facts at the end: those of `env`, None where its reset failed, and what was printed since the reset."""
+        printed = self.printed.text
+        return (env.meta() if env else {}) | ({"printed": printed} if printed else {})
 
 
 class _Failed(Exception):
@@ -88,41 +98,20 @@ class EnvPool:
             async with self._turns.turn(task.env_name):
                 outcome = await self._open(episode, task)
         except _Failed as failed:
-            outcome = ResetOutcome(failure=failed.failure)
+            outcome = ResetOutcome(failure=failed.failure, meta=episode.last_meta(None))
         if self._episodes.get(key) is not episode:  # closed meanwhile, maybe opened again for another caller
             outcome = ResetOutcome(failure=outcome.failure or _no_episode(key, "reset"))
         elif outcome.failure is not None:
             del self._episodes[key]
         if outcome.failure is not None and episode.env is not None:
             await self._close_env(episode.env)
-        return outcome
+        return redacted(outcome)
 
     async def step(self, key: str, message: Message) -> StepOutcome:
-        started = time.monotonic()
-        episode = self._episodes.get(key)
-        if episode is None or episode.env is None:
-            return StepOutcome(failure=_no_episode(key, "step"))
-        env = episode.env
-        try:
-            async with self._turns.turn(episode.env_name):
-                limit_s = min(self._step_timeout_s, env.step_timeout_s)
-                replies, terminated, truncated = await self._guard(episode, "step", limit_s, env.respond(message))
-            if not (terminated or truncated):
-                return StepOutcome(messages=replies, meta=env.meta(), seconds=time.monotonic() - started)
-            return await self._scored(episode, env, started, replies, truncated=truncated)
-        except _Failed as failed:
-            return StepOutcome(failure=failed.failure, meta=env.meta(), seconds=time.monotonic() - started)
+        return redacted(await self._step(key, message))
 
     async def finish(self, key: str) -> StepOutcome:
-        started = time.monotonic()
-        episode = self._episodes.get(key)
-        if episode is None or episode.env is None:
-            return StepOutcome(failure=_no_episode(key, "step"))
-        await _stop_running(episode)
-        try:
-            return await self._scored(episode, episode.env, started, (), truncated=True)
-        except _Failed as failed:
-            return StepOutcome(failure=failed.failure, meta=episode.env.meta(), seconds=time.monotonic() - started)
+        return redacted(await self._finish(key))
 
     async def close(self, key: str) -> None:
         episode = self._episodes.pop(key, None)
@@ -157,6 +146,35 @@ class EnvPool:
         return list(await asyncio.gather(*map(digest, tasks)))
 
     # --- parts ---
+
+    async def _step(self, key: str, message: Message) -> StepOutcome:
+        started = time.monotonic()
+        episode = self._episodes.get(key)
+        if episode is None or episode.env is None:
+            return StepOutcome(failure=_no_episode(key, "step"))
+        env = episode.env
+        try:
+            async with self._turns.turn(episode.env_name):
+                limit_s = min(self._step_timeout_s, env.step_timeout_s)
+                replies, terminated, truncated = await self._guard(episode, "step", limit_s, env.respond(message))
+            if not (terminated or truncated):
+                return StepOutcome(messages=replies, meta=env.meta(), seconds=time.monotonic() - started)
+            return await self._scored(episode, env, started, replies, truncated=truncated)
+        except _Failed as failed:
+            seconds = time.monotonic() - started
+            return StepOutcome(failure=failed.failure, meta=episode.last_meta(env), seconds=seconds)
+
+    async def _finish(self, key: str) -> StepOutcome:
+        started = time.monotonic()
+        episode = self._episodes.get(key)
+        if episode is None or episode.env is None:
+            return StepOutcome(failure=_no_episode(key, "step"))
+        await _stop_running(episode)
+        try:
+            return await self._scored(episode, episode.env, started, (), truncated=True)
+        except _Failed as failed:
+            seconds = time.monotonic() - started
+            return StepOutcome(failure=failed.failure, meta=episode.last_meta(episode.env), seconds=seconds)
 
     async def _open(self, episode: _Episode, task: Task) -> ResetOutcome:
         making = self._construct(task)
@@ -196,13 +214,13 @@ class EnvPool:
             reward_parts=parts,
             terminated=not truncated,
             truncated=truncated,
-            meta=env.meta(),
+            meta=episode.last_meta(env),
             seconds=time.monotonic() - started,
         )
 
     async def _guard(self, episode: _Episode, where: str, limit_s: float, work: Coroutine[Any, Any, Any]) -> Any:
         """Run an author's code for at most `limit_s`; raises _Failed for whatever goes wrong in it."""
-        task = episode.running = asyncio.ensure_future(_captured(work))
+        task = episode.running = asyncio.ensure_future(_captured(work, episode.printed))
         try:
             await asyncio.wait({task}, timeout=limit_s)
         except asyncio.CancelledError:
@@ -221,7 +239,7 @@ class EnvPool:
             return value
         # Our own verdicts on an author's class or reward say everything; a traceback would only show our frames.
         trace = "" if isinstance(error, EnvError) and error.__cause__ is None else author_traceback(error)
-        text = str(error) if isinstance(error, EnvError) else f"{type(error).__name__}: {error}"
+        text = redacted(str(error) if isinstance(error, EnvError) else f"{type(error).__name__}: {error}")
         kind = "infra" if isinstance(error, InfraFault) else "env"
         raise self._failed(kind, where, text[:_SHOWN_CHARS], trace)
 
@@ -237,11 +255,12 @@ class EnvPool:
             return  # counted and logged; the episode is over, nobody waits for it
 
 
-async def _captured(work: Coroutine[Any, Any, Any]) -> tuple[Any, BaseException | None]:
-    """Episode capture: whatever an author's code raises is data from here on.
+async def _captured(work: Coroutine[Any, Any, Any], printed: Printed) -> tuple[Any, BaseException | None]:
+    """Episode capture: whatever an author's code raises is data from here on, and what it prints is the episode's.
 
     SystemExit must not leave the task, it would stop the event loop.
     """
+    printing.set(printed)
     try:
         return await work, None
     except (Exception, SystemExit) as error:

@@ -5,6 +5,7 @@ daemon threads, because a hung one must never keep the process from ending (exec
 """
 
 import asyncio
+import contextvars
 import functools
 import queue
 import threading
@@ -32,7 +33,8 @@ class WorkerThread:
     async def run(self, function: Callable[..., Any], *args: Any) -> Any:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
-        self._jobs.put(functools.partial(_run_job, loop, future, function, args))
+        in_context = contextvars.copy_context().run  # so that what it prints is known as its episode's
+        self._jobs.put(functools.partial(_run_job, loop, future, in_context, (function, *args)))
         try:
             return await future
         except asyncio.CancelledError:

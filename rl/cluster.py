@@ -5,10 +5,12 @@ import logging
 import os
 import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from conf.checks import secret_values
 from conf.schema import TrainConfig
 from envs.outcome import EnvHost
 from rollout.lease import Lease, WorkerClient, WorkerStatus
@@ -110,9 +112,11 @@ class InProcessCluster:
 
 
 def build_pool(config: TrainConfig) -> Any:
-    """An `EnvPool` with the configured deadlines."""
+    """An `EnvPool` of this process, with the configured deadlines and secrets."""
     from envs.pool import EnvPool
+    from envs.redaction import expose
 
+    expose(secret_values(config.env.secrets))
     return EnvPool(
         reset_timeout_s=config.env.reset_timeout_s,
         step_timeout_s=config.env.step_timeout_s,
@@ -151,14 +155,25 @@ def start_ray(config: TrainConfig, namespace: str) -> None:
     if config.cluster.address == "local":
         cores = config.cluster.num_cpus or (config.rollout.workers + config.rollout.env_pools + 2)
         options = {"num_cpus": cores, "object_store_memory": OBJECT_STORE_BYTES}
-    ray.init(
-        address=config.cluster.address,
-        namespace=namespace,  # names of actors are the run's own
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        **options,
-    )
+    with _without_variables(config.env.secrets):
+        ray.init(
+            address=config.cluster.address,
+            namespace=namespace,  # names of actors are the run's own
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **options,
+        )
+
+
+@contextmanager
+def _without_variables(names: Sequence[str]) -> Iterator[None]:
+    """Processes that start meanwhile do not get these variables: a private Ray hands its own on to every actor."""
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
 
 class RayCluster:
@@ -198,6 +213,7 @@ class RayCluster:
                 logs,
                 name,
                 pool_limits(config),
+                secret_values(config.env.secrets),
             )
             for name in names
         ]

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from conf.checks import ConfigError, nearest
+from conf.checks import ConfigError, nearest, secret_values
 from conf.schema import PolicyConfig, TrainConfig
 from envs.registry import find_class
 from policy.hybrid_config import PRESETS
@@ -22,6 +22,7 @@ def check_parts(config: TrainConfig, *, trains: bool = True) -> None:
     `trains` false: weights and loss are not looked for (`shoal sft` makes the one and has its own of the other).
     """
     env = config.env
+    secret_values(env.secrets)  # first: an environment's module may read them when it is imported
     entries = {f"env.mix.{name}": entry for name, entry in env.mix.items()} or {"env": env}
     for key, entry in entries.items():
         _check_environment(entry.id, entry.kwargs, entry.level, key)

@@ -21,13 +21,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.numpy import save
 
-from conf.checks import ConfigError
+from conf.checks import ConfigError, secret_values
 from conf.loading import resolved_yaml
 from conf.schema import OptimizerConfig, SftConfig, TrainConfig
 from envs.base import AgentEnv
 from envs.curriculum import Curriculum, stable_hash
 from envs.demonstration import Demonstration, ademonstrate
 from envs.pool import EnvPool
+from envs.redaction import expose, redacted
 from envs.registry import make_env
 from envs.task import Task
 from envs.task_source import TaskSource, held_out_tasks
@@ -98,7 +99,7 @@ def demonstrate_tasks(tasks: Sequence[Task], *, noise: bool) -> list[Demonstrati
             demonstrations.append(await ademonstrate(envs[key], task.seed, task.level, rng))
         for env in envs.values():
             env.close()
-        return demonstrations
+        return redacted(demonstrations)
 
     return asyncio.run(play())
 
@@ -200,6 +201,7 @@ async def training_tasks(config: TrainConfig, count: int) -> list[Task]:
             "Allowed here: fixed, uniform"
         )
     entries = task_entries(config)
+    expose(secret_values(config.env.secrets))
     pool = EnvPool(reset_timeout_s=config.env.reset_timeout_s)
     num_held_out = max(config.evaluation.final_tasks, config.evaluation.tasks)
     held_out = await held_out_tasks(

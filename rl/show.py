@@ -195,8 +195,14 @@ def _trajectory_facts(stored: StoredTrajectory) -> dict[str, Any]:
         "num_turns": trajectory.num_turns,
         "num_sampled_tokens": trajectory.num_sampled_tokens,
         "messages": [message_text(message).strip() for message in _messages(trajectory)],
+        "printed": _printed(trajectory),
         "error": asdict(trajectory.error) if trajectory.error else None,
     }
+
+
+def _printed(trajectory: Trajectory) -> str:
+    """What the environment printed (envs/printed.py)."""
+    return str(trajectory.meta.get("printed", ""))
 
 
 def _messages(trajectory: Trajectory) -> list[Message]:
@@ -250,6 +256,8 @@ def _print_trajectory(console: Console, stored: StoredTrajectory) -> None:
     reward = "none" if trajectory.reward is None else f"{trajectory.reward:g}" + (f" ({parts})" if parts else "")
     advantage = "" if stored.advantage is None else f", advantage {stored.advantage:.3f}"
     console.print(Text(visible(f"ended: {trajectory.stop_reason}, reward {reward}{advantage}"), style="bold"))
+    if printed := _printed(trajectory):
+        console.print(Text(visible(f"printed:\n{printed.rstrip()}")))
     if trajectory.error is not None:
         error = trajectory.error
         console.print(Text(visible(f"{error.kind} error in {error.where}: {error.message}"), style="red"))

@@ -188,9 +188,10 @@ class _Episode:
     async def _reset(self) -> ResetOutcome:
         self.failpoint("reset")
         reset = await self._from_host("reset", self.host.open(self.key, self.task), self._left_s())
+        self.meta = dict(reset.meta)
         if reset.failure is not None:
             raise _EnvFailed(reset.failure)
-        self.prompt, self.problem_digest, self.meta = reset.messages, reset.problem_digest, dict(reset.meta)
+        self.prompt, self.problem_digest = reset.messages, reset.problem_digest
         self.where = "render"
         return reset
 
@@ -259,9 +260,9 @@ class _Episode:
             self.env_seconds += self.clock() - asked
 
     def _take(self, step: StepOutcome) -> None:
+        self.meta |= step.meta
         if step.failure is not None:
             raise _EnvFailed(step.failure)
-        self.meta |= step.meta
 
     def _score(self, step: StepOutcome, stop: StopReason) -> None:
         if step.reward is None or not math.isfinite(step.reward):

@@ -82,6 +82,8 @@ def _default(item: Field[Any]) -> str:
         return f"`{item.default_factory()}`"
     if item.default is MISSING:
         return "-"
+    if isinstance(item.default, tuple):
+        return f"`{list(item.default)}`"
     if isinstance(item.default, str):
         return f"`{item.default}`" if item.default else '`""`'
     return f"`{str(item.default).lower()}`"
@@ -99,7 +101,7 @@ def _allowed(key: str, kind: Any) -> str:
     if key in RANGES:
         low, high = RANGES[key]
         return f">= {low}" if high == inf else f"{low} to {high}"
-    return KINDS.get(kind, "a mapping")
+    return KINDS.get(kind, "a list" if get_origin(kind) is tuple else "a mapping")
 
 
 def _cell(text: str) -> str:

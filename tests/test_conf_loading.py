@@ -357,7 +357,7 @@ def test_every_section_is_frozen_slotted_and_small():
     every = sections(TrainConfig)
     for section in every:
         assert section.__dataclass_params__.frozen and "__slots__" in vars(section), section  # type: ignore[attr-defined]
-        assert len(fields(section)) <= 14, section
+        assert len(fields(section)) <= 15, section
     assert sum(len(fields(section)) for section in every) <= 150
 
 
