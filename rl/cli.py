@@ -1,6 +1,7 @@
 """The `shoal` command. Each subcommand imports what it needs when it runs, so that help and errors come at once.
 
-Exit codes: 0 ok, 1 failed run or check, 2 bad usage or config, 130 interrupted with a checkpoint written.
+Exit codes: 0 ok, 1 failed run or check, 2 bad usage or config, 3 doctor found a failure, 130 interrupted with a
+checkpoint written.
 """
 
 import os
@@ -10,8 +11,9 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
 from conf.checks import ConfigError
-from rl.command import Command, CommandTable, run_words
+from rl.command import RUN_HELP, Command, CommandTable, reader_arguments, run_arguments, run_words
 from rl.env_commands import ENV_COMMANDS
+from rl.reader_commands import READER_COMMANDS
 from rl.usage import UsageError
 
 INTRODUCTION = """\
@@ -22,12 +24,12 @@ usage: shoal COMMAND ...      shoal COMMAND --help tells more and shows examples
 {commands}
 
 First steps:
+  shoal doctor                          is this machine ready? what to do where it is not
   shoal train env=calculator            train, evaluate on held-out tasks, leave a folder in runs/
   shoal show latest                     what came of it
   shoal show latest --traj 1            one episode, word by word
   shoal train dry_run=true              print every setting with its value, start nothing
 """
-RUN_HELP = "an id, the unique beginning of one, a path, or 'latest'"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,18 +113,8 @@ def _sft(args: Namespace) -> int:
     return sft.main(config)
 
 
-def _reader_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line of standard output")
-    parser.add_argument("--root", default="runs", metavar="DIR", help="the folder of all runs (default: runs)")
-
-
-def _run_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
-    _reader_arguments(parser)
-
-
 def _eval_arguments(parser: ArgumentParser) -> None:
-    _run_arguments(parser)
+    run_arguments(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the run to change")
 
 
@@ -156,7 +148,7 @@ def _ls(args: Namespace) -> int:
 
 
 def _show_arguments(parser: ArgumentParser) -> None:
-    _run_arguments(parser)
+    run_arguments(parser)
     parser.add_argument("--traj", metavar="N", help="one episode: its row number, or its id")
 
 
@@ -210,13 +202,14 @@ COMMANDS: dict[str, Command | CommandTable] = {
         arguments=_config_arguments,
         run=_sft,
     ),
-    "ls": Command(summary="list runs", examples="  shoal ls\n  shoal ls --json", arguments=_reader_arguments, run=_ls),
+    "ls": Command(summary="list runs", examples="  shoal ls\n  shoal ls --json", arguments=reader_arguments, run=_ls),
     "show": Command(
         summary="what a run did, or one of its episodes",
         examples="  shoal show latest\n  shoal show latest --traj 1\n  shoal show latest --traj train/calculator/17/3",
         arguments=_show_arguments,
         run=_show,
     ),
+    **READER_COMMANDS,
     "env": ENV_COMMANDS,
     "bench": Command(
         summary="run a benchmark of the checkout",

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from conf.checks import nearest
 
+RUN_HELP = "an id, the unique beginning of one, a path, or 'latest'"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
@@ -47,15 +49,33 @@ def run_words(program: str, table: CommandTable, words: Sequence[str]) -> int:
     command = table.commands[name]
     if isinstance(command, CommandTable):
         return run_words(f"{program} {name}", command, rest)
-    parser = ArgumentParser(
-        prog=f"{program} {name}",
-        description=command.summary,
-        epilog=f"examples:\n{command.examples}",
-        formatter_class=RawDescriptionHelpFormatter,
-    )
-    command.arguments(parser)
+    parser = parser_of(f"{program} {name}", command)
     try:
         args = parser.parse_args(rest) if command.takes_rest else parser.parse_intermixed_args(rest)
     except SystemExit as stop:  # argparse has printed help (0) or what is wrong (2)
         return int(stop.code or 0)
     return command.run(args)
+
+
+def parser_of(program: str, command: Command) -> ArgumentParser:
+    """Example: parser_of("shoal ls", command).format_help()"""
+    parser = ArgumentParser(
+        prog=program,
+        description=command.summary,
+        epilog=f"examples:\n{command.examples}",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    command.arguments(parser)
+    return parser
+
+
+def reader_arguments(parser: ArgumentParser) -> None:
+    """Of whatever reads the folder of runs."""
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line of standard output")
+    parser.add_argument("--root", default="runs", metavar="DIR", help="the folder of all runs (default: runs)")
+
+
+def run_arguments(parser: ArgumentParser) -> None:
+    """Of whatever reads one run."""
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    reader_arguments(parser)

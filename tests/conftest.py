@@ -1,6 +1,9 @@
 """What every test runs under."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 
 def pytest_configure() -> None:
@@ -10,3 +13,20 @@ def pytest_configure() -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.pop("WANDB_API_KEY", None)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two finished runs, `first-run` and `second-run`, for whatever reads runs. Write nothing to it.
+
+    Their policy is random and earns nothing, so an advantage is made up.
+    """
+    from rl.cli import main
+    from tests.training import SMALL
+
+    root = tmp_path_factory.mktemp("session") / "runs"
+    words = ["env=tool_gate", "steps=3", "evaluation.every=1", "evaluation.tasks=4", "rollout.max_turn_tokens=8"]
+    words += ["learner.loss.advantage=tests.training:first_is_best", f"run.root={root}"]
+    for number, name in enumerate(("first-run", "second-run"), start=1):
+        assert main(["train", *SMALL, *words, f"run.name={name}", f"seed={number}"]) == 0
+    return root
