@@ -56,7 +56,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "steps": (1, inf),
     "env.level": (0, 9),
     "env.tool_cost": (0, inf),
-    "env.tool_cost_below": (0, 1),
     "curriculum.min_level": (0, 9),
     "curriculum.max_level": (0, 9),
     "curriculum.window": (2, 100),
@@ -64,7 +63,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "curriculum.demote": (0, 1),
     "curriculum.floor": (0, 1),
     "curriculum.pool_size": (1, inf),
-    "curriculum.max_refill": (0, inf),
+    "curriculum.max_refill": (0, 1000),
+    "env.tool_cost_below": (0, 1),
     "engine.max_running": (1, inf),
     "engine.max_sessions": (1, inf),
     "engine.max_model_tokens": (2, inf),
@@ -98,6 +98,18 @@ RANGES: dict[str, tuple[float, float]] = {
     "evaluation.level": (-1, 9),
     "cluster.num_cpus": (0, inf),
     "monitor.log_every": (1, inf),
+    "monitor.samples_every": (0, inf),
+    "monitor.prometheus_port": (0, 65535),
+    "monitor.alerts.steps": (1, inf),
+    "monitor.alerts.mismatch_kl": (0, inf),
+    "monitor.alerts.entropy_floor": (0, inf),
+    "monitor.alerts.grad_spike": (0, inf),
+    "monitor.alerts.zero_variance_steps": (0, inf),
+    "monitor.alerts.env_error_ratio": (0, 1),
+    "monitor.alerts.no_tool_steps": (0, inf),
+    "monitor.alerts.heartbeat_s": (0, inf),
+    "monitor.alerts.no_step": (0, inf),
+    "monitor.alerts.no_step_min_s": (0, inf),
     "run.checkpoint_every": (1, inf),
     "run.keep_checkpoints": (1, inf),
     "env.max_running": (1, inf),
@@ -110,6 +122,8 @@ RANGES: dict[str, tuple[float, float]] = {
 """Lowest and highest allowed value, both included."""
 
 POSITIVE = (
+    "env.tool_cost_below",
+    "curriculum.max_refill",
     "rollout.temperature",
     "rollout.episode_deadline_s",
     "env.reset_timeout_s",
@@ -352,7 +366,7 @@ def _without_effect(config: TrainConfig) -> Iterator[str]:
             "cluster.kind=inprocess",
         ),
         (config.cluster.address != "local", "cluster", ClusterConfig(), ("num_cpus",), "cluster.address is not local"),
-        (config.monitor.wandb == "disabled", "monitor", MonitorConfig(), ("wandb_project",), "monitor.wandb=disabled"),
+        (config.monitor.wandb == "disabled", "monitor", MonitorConfig(), ("wandb_project", "upload_checkpoints"), "monitor.wandb=disabled"),
     ):
         for name in names:
             value = getattr(getattr(config, section), name)

@@ -21,10 +21,7 @@ logger = logging.getLogger(__name__)
 
 GRACE_S = 10.0
 """Added to the pool's own deadline before a client gives up: the pool's verdict says more than silence."""
-_DIGEST_ATTEMPTS = 5
 _RECYCLING = ResetOutcome(failure=EnvFailure(kind="infra", where="reset", message="the pool is being recycled"))
-_RECYCLE_WAIT_S = 300.0
-"""How long a client waits for a pool that is being recycled: for its last episodes, then for its next process."""
 _LAST_ANSWERS_S = 1.0
 """How long a recycled process outlives its last episode, so that its last answers are fetched."""
 
@@ -134,8 +131,13 @@ class MailboxHost:
         reward_timeout_s: float = 60.0,
         grace_s: float = GRACE_S,
         retry_s: float = 2.0,
+        patience_s: float = 300.0,
     ) -> None:
-        """Deadlines as given to the pools; a call waits for them and `grace_s` more."""
+        """Deadlines as given to the pools; a call waits for them and `grace_s` more.
+
+        `patience_s`: how long a pool that is being recycled is waited for: its last episodes, then its next process.
+        """
+        self._patience_s = patience_s
         self._mailboxes = list(mailboxes)
         self._open_s = 2 * reset_timeout_s + grace_s  # construct, then reset
         self._step_s = step_timeout_s + reward_timeout_s + grace_s
@@ -145,7 +147,7 @@ class MailboxHost:
 
     async def open(self, key: str, task: Task) -> ResetOutcome:
         outcome = await self._open(key, task)
-        until = time.monotonic() + _RECYCLE_WAIT_S
+        until = time.monotonic() + self._patience_s
         while outcome == _RECYCLING and time.monotonic() < until:
             await asyncio.sleep(self._retry_s)
             outcome = await self._open(key, task)
@@ -181,13 +183,15 @@ class MailboxHost:
         """As `EnvPool.digests`. Asks again while the pool restarts, then raises HostLost: a made-up digest could let a
         held-out problem into training."""
         deadline_s = self._open_s * (1 + len(tasks) // DIGESTS_AT_ONCE)
-        for attempt in range(1, _DIGEST_ATTEMPTS):
+        until = time.monotonic() + self._patience_s
+        while True:
             try:
                 return await self._mailboxes[0].call("digests", (tasks,), deadline_s)
             except HostLost as error:
-                logger.warning("no digests, attempt %d: %s", attempt, error)
+                if time.monotonic() > until:
+                    raise
+                logger.warning("no digests yet: %s", error)
                 await asyncio.sleep(self._retry_s)
-        return await self._mailboxes[0].call("digests", (tasks,), deadline_s)
 
     async def aclose(self) -> None:
         for mailbox in self._mailboxes:

@@ -45,6 +45,8 @@ class _Episode:
     env: AgentEnv | None = None
     running: "asyncio.Task[Any] | None" = None
     printed: Printed = field(default_factory=Printed)
+    ended: bool = False
+    """Finished from outside; a step that still waits for its turn must not reach the environment."""
 
     def last_meta(self, env: AgentEnv | None) -> dict[str, Any]:
         """Facts at the end: those of `env`, None where its reset failed, and what was printed since the reset."""
@@ -155,6 +157,8 @@ class EnvPool:
         env = episode.env
         try:
             async with self._turns.turn(episode.env_name):
+                if self._episodes.get(key) is not episode or episode.ended:  # meanwhile, waiting for its turn
+                    return StepOutcome(failure=_no_episode(key, "step"))
                 limit_s = min(self._step_timeout_s, env.step_timeout_s)
                 replies, terminated, truncated = await self._guard(episode, "step", limit_s, env.respond(message))
             if not (terminated or truncated):
@@ -169,6 +173,7 @@ class EnvPool:
         episode = self._episodes.get(key)
         if episode is None or episode.env is None:
             return StepOutcome(failure=_no_episode(key, "step"))
+        episode.ended = True
         await _stop_running(episode)
         try:
             return await self._scored(episode, episode.env, started, (), truncated=True)

@@ -4,6 +4,7 @@ Waits: a step waits here for its turn outside of its author's deadline; the call
 """
 
 import asyncio
+import os
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -11,7 +12,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-PAGE_BYTES = 4096
 _LAG_PERIOD_S = 0.05
 _LAG_SAMPLES = 1200
 """Of the last minute."""
@@ -95,4 +95,4 @@ def resident_mib() -> float:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
         return 0.0
-    return pages * PAGE_BYTES / 2**20
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20

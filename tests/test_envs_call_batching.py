@@ -200,7 +200,7 @@ def test_a_client_that_stopped_polling_is_forgotten_and_another_is_not() -> None
 def test_a_pool_behind_a_mailbox_plays_episodes_and_reports_its_death_as_infra() -> None:
     async def scenario() -> None:
         line = Line(PoolService())
-        host = MailboxHost([mailbox(line)], grace_s=2.0, retry_s=0.01)
+        host = MailboxHost([mailbox(line)], grace_s=2.0, retry_s=0.01, patience_s=0.2)
         opened = await host.open("a", TASK)
         assert opened.failure is None
         step = await host.step("a", call("add", a=2, b=3))

@@ -61,6 +61,24 @@ def test_no_more_steps_run_at_once_than_allowed_and_all_are_answered() -> None:
     assert asyncio.run(play()) == 3
 
 
+def test_a_step_that_waited_for_its_turn_does_not_reach_an_episode_that_was_finished_meanwhile() -> None:
+    async def play() -> tuple[str, dict[str, Any]]:
+        pool = EnvPool(limits=PoolLimits(max_running=1))
+        await pool.open("a", task(1))
+        await pool.open("b", task(2))
+        first = asyncio.create_task(pool.step("a", call("wait")))
+        waiting = asyncio.create_task(pool.step("b", call("wait")))
+        await asyncio.sleep(0)
+        finished = await pool.finish("b")
+        await first
+        late = await waiting
+        await pool.close_all()
+        assert late.failure is not None
+        return late.failure.message, finished.meta["tool_calls"]
+
+    assert asyncio.run(play()) == ("no open episode 'b'", {})
+
+
 def test_a_name_with_a_pace_takes_its_turns_apart_and_others_do_not_wait() -> None:
     async def waits(name: str) -> float:
         turns = TurnTaker(PoolLimits(steps_per_second={"slow": 50.0}))
