@@ -366,7 +366,13 @@ def _without_effect(config: TrainConfig) -> Iterator[str]:
             "cluster.kind=inprocess",
         ),
         (config.cluster.address != "local", "cluster", ClusterConfig(), ("num_cpus",), "cluster.address is not local"),
-        (config.monitor.wandb == "disabled", "monitor", MonitorConfig(), ("wandb_project", "upload_checkpoints"), "monitor.wandb=disabled"),
+        (
+            config.monitor.wandb == "disabled",
+            "monitor",
+            MonitorConfig(),
+            ("wandb_project", "upload_checkpoints"),
+            "monitor.wandb=disabled",
+        ),
     ):
         for name in names:
             value = getattr(getattr(config, section), name)
@@ -381,14 +387,14 @@ def check_machine(config: TrainConfig) -> None:
         raise ConfigError(f"policy.path={policy.path!r} is no transformers checkpoint folder: it holds no config.json")
     if policy.init not in ("auto", "random") and not Path(policy.init).exists():
         raise ConfigError(f"policy.init={policy.init!r}: no such file. Allowed: auto, random, or weights on disk")
-    if config.monitor.wandb == "online" and not _has_wandb_key():
+    if config.monitor.wandb == "online" and not has_wandb_key():
         raise ConfigError(
             "monitor.wandb='online' needs a key and none was found: run `wandb login` or set WANDB_API_KEY, "
             "or choose monitor.wandb=offline and upload later with `wandb sync`"
         )
 
 
-def _has_wandb_key() -> bool:
+def has_wandb_key() -> bool:
     """Presence only; the key itself is never read."""
     if os.environ.get("WANDB_API_KEY"):
         return True

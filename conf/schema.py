@@ -259,6 +259,32 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AlertConfig:
+    """When a run is in trouble (rl/alerts.py); 0 = that rule is off."""
+
+    steps: int = 5
+    """Learner steps in a row that make trouble of a mismatch, low entropy or failing environments."""
+    mismatch_kl: float = 0.01
+    """Mean k3 estimate of KL(rollout, learner), nats per token."""
+    entropy_floor: float = 0.005
+    """Nats per token."""
+    grad_spike: float = 5.0
+    """Gradient norm, times its median over the last 50 steps."""
+    zero_variance_steps: int = 10
+    """Steps in a row without a group whose rewards differ."""
+    env_error_ratio: float = 0.05
+    """Share of episodes that their environment failed."""
+    no_tool_steps: int = 20
+    """Steps in a row without a tool call although tools are offered."""
+    heartbeat_s: float = 30.0
+    """Longest silence of a worker."""
+    no_step: float = 3.0
+    """Time without a learner step, times the median step."""
+    no_step_min_s: float = 30.0
+    """Never sooner than this."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MonitorConfig:
     """What a run shows and leaves."""
 
@@ -272,6 +298,15 @@ class MonitorConfig:
     """Learner steps between lines of plain output where there is no terminal."""
     transcript: bool = True
     """Print one task before and after training."""
+    samples_every: int = 25
+    """Learner steps between tables of sampled trajectories in wandb; 0 = none."""
+    upload_checkpoints: bool = False
+    """Checkpoints as wandb artifacts."""
+    tensorboard: bool = False
+    """Also write TensorBoard files (extra `tensorboard`)."""
+    prometheus_port: int = 0
+    """Serve the newest metrics on this port of 127.0.0.1 (extra `prometheus`); 0 = off."""
+    alerts: AlertConfig = field(default_factory=AlertConfig)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -253,6 +253,7 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
         """Facts for metrics, cumulative over the episode."""
         counts = {
             "level": self.level,
+            "num_tools": len(self._tools),
             "num_tool_calls": self._calls.total(),
             "num_tool_errors": self._num_tool_errors,
             "tool_cost": self._tool_cost,

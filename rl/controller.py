@@ -10,6 +10,7 @@ Loops, and what each waits for / is woken by
 - learner loop     P groups / the buffer (deadline: cluster.stall_timeout_s, then the run stops and says who waits)
 - push loop        a new version / the learner loop; while it swaps weights the learner is already at its next step
 - fleet.heartbeat  its interval; revives workers that died or fell silent
+- watch loop       the same interval; alerts of silent workers and of steps that do not come
 
 The order inside a step matters: a group is marked consumed in the ledger before its version is published, because its
 slot may be given to a new group at that moment; a checkpoint is asked for before the next learner step, so that
@@ -17,6 +18,7 @@ weights and ledger are one consistent cut.
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -30,8 +32,10 @@ from rl.advantage import ToolPrice, has_signal
 from rl.cluster import Cluster
 from rl.evaluate import Evaluation, evaluate
 from rl.monitor import Monitor
-from rl.report import RowReport
+from rl.report import LearnerReport, RowReport
 from rl.run_folder import RunFolder
+from rl.step_detail import step_detail
+from rl.step_time import StepTime
 from rollout.buffer import GroupBuffer
 from rollout.fleet import Fleet, FleetError, WorkerState
 from rollout.lease import NotReady, WorkerLost
@@ -97,6 +101,7 @@ class Controller:
             heartbeat_s=config.cluster.heartbeat_s,
             restart_timeout_s=config.cluster.start_timeout_s,
             on_event=monitor.event,
+            on_span=monitor.span,
             clock=self._clock,
         )
         self.scheduler = Scheduler(
@@ -175,6 +180,7 @@ class Controller:
             asyncio.create_task(self.scheduler.run()),
             asyncio.create_task(self._push_loop()),
             asyncio.create_task(self.fleet.heartbeat_loop()),
+            asyncio.create_task(self._watch_loop()),
         ]
         watched: set[asyncio.Future[Any]] = {asyncio.create_task(learn()), self.scheduler.failure, *background}
         try:
@@ -188,14 +194,14 @@ class Controller:
 
     async def _learner_loop(self) -> None:
         progress, config = self.progress, self.config
+        spent = StepTime(self._clock, self._monitor.span)
         while progress.step < config.steps:
-            start_s = self._clock()
-            groups = await self._take()
+            with spent.part("wait_for_batch", "wait"):
+                groups = await self._take()
             if groups is None:
                 return
-            taken_s = self._clock()
-            report = await self._cluster.learner.step(groups)
-            trained_s = self._clock()
+            with spent.part("train", "train"):
+                report = await self._cluster.learner.step(groups)
             progress.step += 1
             progress.policy_version = report.policy_version
             group_ids = [group.group_id for group in groups]
@@ -206,13 +212,13 @@ class Controller:
             evaluation_due = config.evaluation.every and progress.step % config.evaluation.every == 0
             last = progress.step == config.steps
             if progress.step % config.learner.publish_every == 0 or last or evaluation_due:
-                snapshot = await self._cluster.learner.snapshot()
+                with spent.part("sync", "sync"):
+                    snapshot = await self._cluster.learner.snapshot()
                 self._to_push.put_nowait((progress.step, progress.policy_version, snapshot))
             if progress.step % config.run.checkpoint_every == 0 and not last:
-                await self._checkpoint()
-            self._monitor.span("learner", "wait", start_s, taken_s)
-            self._monitor.span("learner", "train", taken_s, trained_s)
-            self._report(groups, dict(report.metrics), wait_s=taken_s - start_s, train_s=trained_s - taken_s)
+                with spent.part("checkpoint", "checkpoint"):
+                    await self._checkpoint()
+            self._report(groups, report, spent.close(report.metrics["time/forward_backward"]))
 
     async def _take(self) -> list[TrajectoryGroup] | None:
         """The next step's groups, or None when the run should stop."""
@@ -256,6 +262,12 @@ class Controller:
             finally:
                 self._to_push.task_done()
 
+    async def _watch_loop(self) -> None:
+        """Silent workers and steps that do not come are seen while nothing else happens."""
+        while True:
+            await asyncio.sleep(self.config.cluster.heartbeat_s)
+            self._monitor.tick(self.fleet.heartbeat_ages_s())
+
     def _evaluation_due(self, step: int) -> bool:
         return bool(self.config.evaluation.every) and step % self.config.evaluation.every == 0
 
@@ -285,7 +297,8 @@ class Controller:
                 await self.fleet.find_dead(error)  # or it would be chosen again at once
         else:
             return
-        self._monitor.span("push", "evaluate", start_s, self._clock())
+        for worker in workers:
+            self._monitor.span(worker.name, "evaluate", start_s, self._clock())
         self._recorder.write([_alone(t) for t in trajectories], split="eval", eval_step=step)
         self.progress.evaluations.append(evaluation)
         if edge and trajectories:
@@ -295,7 +308,7 @@ class Controller:
     async def _checkpoint(self) -> None:
         start_s = self._clock()
         await asyncio.to_thread(self._recorder.flush, 60.0)
-        await self._cluster.learner.save(
+        path = await self._cluster.learner.save(
             str(self._folder.checkpoints),
             self.progress.step,
             {
@@ -305,22 +318,20 @@ class Controller:
                 "curriculum": self._source.curriculum.state(),
             },
         )
-        self._monitor.event("checkpoint", step=self.progress.step, seconds=round(self._clock() - start_s, 3))
+        self._monitor.checkpoint(self.progress.step, path, self._clock() - start_s)
 
-    def _report(
-        self, groups: Sequence[TrajectoryGroup], metrics: dict[str, float], *, wait_s: float, train_s: float
-    ) -> None:
-        """Metrics of one step. Waiting and training add up to the step, so the idle ratio cannot lie."""
+    def _report(self, groups: Sequence[TrajectoryGroup], report: LearnerReport, times: Mapping[str, float]) -> None:
+        """Metrics of one step. `times`: its wall time by part, which adds up, so the idle ratio cannot lie."""
         stats = self._buffer.stats()
         counters = self.scheduler.counters
-        step_s = wait_s + train_s
+        step_s = times["time/step"]
         trajectories = [t for group in groups for t in group.trajectories if t.is_trainable]
         tokens = sum(t.num_sampled_tokens for t in trajectories)
-        metrics |= {
-            "time/step": step_s,
-            "time/wait_for_batch": wait_s,
-            "time/train": train_s,
-            "time/trainer_idle_ratio": wait_s / max(step_s, 1e-9),
+        busy_s = self._new_busy_s()
+        metrics = {
+            **report.metrics,
+            **times,
+            "time/rollout_idle_ratio": min(max(1.0 - busy_s / max(step_s, 1e-9), 0.0), 1.0),
             "trainer/tok_s": tokens / max(step_s, 1e-9),
             "rollout/episodes_s": len(trajectories) / max(step_s, 1e-9),
             "rollout/env_s/mean": sum(t.env_seconds for t in trajectories) / max(len(trajectories), 1),
@@ -328,7 +339,8 @@ class Controller:
             "queue/ready_groups": stats.ready,
             "queue/in_flight": self.scheduler.num_alive,
             "queue/oldest_age_s": stats.oldest_ready_s,
-            "rollout/busy_s": self._new_busy_s(),
+            "rollout/busy_s": busy_s,
+            "rollout/episode_s/mean": sum(t.seconds for t in trajectories) / max(len(trajectories), 1),
             "faults/restarts": self.fleet.num_restarts,
             "faults/redispatched": counters.redispatched,
             "faults/dropped_groups": counters.dropped,
@@ -337,7 +349,12 @@ class Controller:
             **self._source.curriculum.metrics(),
             **self._selection_bias(trajectories),
         }
-        self._monitor.step(self.progress.step, self.progress.policy_version, metrics)
+        step, version = self.progress.step, self.progress.policy_version
+        self._monitor.step(step, version, metrics)
+        before = version - self.config.learner.updates_per_step
+        self._monitor.detail(
+            step, lambda samples: step_detail(groups, report.rows, learner_version=before, with_samples=samples)
+        )
         self._watch_signal(metrics)
         self._folder.heartbeat(step=self.progress.step)
 
@@ -386,7 +403,7 @@ def _signal_gate(config: TrainConfig) -> SignalGate | None:
     if config.curriculum.gate == "none":
         return None
     price = ToolPrice(cost=config.env.tool_cost, below=config.env.tool_cost_below)
-    limit = round(config.curriculum.max_refill * config.rollout.groups_per_step)
+    limit = math.ceil(config.curriculum.max_refill * config.rollout.groups_per_step)
     return SignalGate(lambda group: has_signal(group, price), limit=limit)
 
 

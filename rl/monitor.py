@@ -2,21 +2,22 @@
 
 The files are the record: metrics.jsonl, events.jsonl and spans.jsonl in the run folder, one JSON object a line; what
 cannot be written there fails the run. Trackers are copies behind `MetricSink`: they work in a thread of their own
-behind a bounded queue, lose rows rather than time, and can neither stop a run nor keep it waiting.
+behind a bounded queue, lose rows rather than time, and can neither stop a run nor keep it waiting (rl/sinks.py).
 """
 
-import os
-import queue
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from conf.schema import TrainConfig
+from rl.alerts import Alert, Alerts, active_alerts
 from rl.json_lines import JsonLines, keep_json_lines, read_json_lines
 from rl.progress import ProgressLine
+from rl.sinks import MetricSink, ThreadedSink
+from rl.verdict import WINDOW_STEPS, Verdict, judge
 
 if TYPE_CHECKING:
     from rl.evaluate import Evaluation
@@ -24,24 +25,6 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 SPANS_FILE = "spans.jsonl"
-
-
-class MetricSink(Protocol):
-    """A copy of the metrics somewhere else. `write` returns at once and never raises."""
-
-    @property
-    def num_dropped(self) -> int:
-        """Rows that were lost."""
-        ...
-
-    @property
-    def problem(self) -> str:
-        """The first thing that went wrong; "" = nothing."""
-        ...
-
-    def write(self, row: Mapping[str, Any]) -> None: ...
-
-    def close(self, deadline_s: float) -> None: ...
 
 
 class Monitor:
@@ -56,15 +39,18 @@ class Monitor:
         folder: Path,
         config: TrainConfig,
         *,
-        sinks: "list[MetricSink] | None" = None,
+        sinks: list[MetricSink] | None = None,
         progress: ProgressLine | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`sinks` and `progress` default to what `config.monitor` asks for. A run's time goes on where it stopped."""
         self._clock = clock
         self._metrics_path = folder / METRICS_FILE
-        earlier = (row["time_s"] for row in read_json_lines(folder / EVENTS_FILE))
-        self._start_s = clock() - max(earlier, default=0.0)
+        earlier = list(read_json_lines(folder / EVENTS_FILE))
+        self._start_s = clock() - max((row["time_s"] for row in earlier), default=0.0)
+        self._config = config
+        self._alerts = Alerts(config, now_s=self._now(), active=active_alerts(earlier))
+        self._recent: deque[dict[str, Any]] = deque(maxlen=WINDOW_STEPS)
         self._metrics = JsonLines(folder / METRICS_FILE)
         self._events = JsonLines(folder / EVENTS_FILE)
         self._spans = JsonLines(folder / SPANS_FILE)
@@ -80,9 +66,33 @@ class Monitor:
 
     def step(self, step: int, policy_version: int, metrics: Mapping[str, Any]) -> None:
         """Metrics of one learner step, named "area/name"."""
-        self._write("step", step, policy_version, metrics)
+        row = self._write("step", step, policy_version, metrics)
+        self._recent.append(row)
+        self._tell(self._alerts.step(row, self._now()))
         if self._progress is not None:
-            self._progress.step(step, metrics)
+            self._progress.step(step, metrics, alerts=self._alerts.active)
+
+    def detail(self, step: int, make: Callable[[bool], Mapping[str, Any]]) -> None:
+        """Histograms and samples of a step, for trackers alone; not made where there are none.
+
+        `make`: takes whether samples are due, returns {"histograms": ..., "samples": ...} (`step_detail`).
+        """
+        if self._sinks:
+            every = self._config.monitor.samples_every
+            self._send({"kind": "detail", "step": step, **make(bool(every) and step % every == 0)})
+
+    def checkpoint(self, step: int, path: str, seconds: float) -> None:
+        """A checkpoint lies at `path`."""
+        self.event("checkpoint", step=step, seconds=round(seconds, 3))
+        self._send({"kind": "checkpoint", "step": step, "path": path})
+
+    def tick(self, heartbeat_ages_s: Mapping[str, float]) -> None:
+        """Look for trouble that no step tells; worker -> seconds since it was last heard of."""
+        self._tell(self._alerts.tick(self._now(), heartbeat_ages_s))
+
+    def verdict(self) -> Verdict:
+        """What limits the run, by the newest steps of this process."""
+        return judge(list(self._recent), max_staleness=self._config.rollout.max_staleness)
 
     def evaluation(self, evaluation: "Evaluation") -> None:
         """One held-out evaluation, as metrics "eval/..." of its step."""
@@ -100,6 +110,8 @@ class Monitor:
     def event(self, kind: str, **fields: Any) -> None:
         """Something that happened once: a restart, a dropped group, a checkpoint."""
         self._events.append({"kind": kind, "time_s": self._now(), "unix_s": time.time(), **fields})
+        if kind == "run_failed":
+            self._tell(self._alerts.run_failed(fields["error"]))
 
     def span(self, process: str, activity: str, start_s: float, end_s: float) -> None:
         """What a process did for how long; times as read from the monitor's clock."""
@@ -118,20 +130,32 @@ class Monitor:
         self._closed = True
         if self._progress is not None:
             self._progress.close()
+        if (verdict := self.verdict()).limit != "unknown":
+            self.event("verdict", **asdict(verdict))
         until_s = time.monotonic() + deadline_s
         for sink in self._sinks:
             sink.close(max(0.0, until_s - time.monotonic()))
             if sink.num_dropped or sink.problem:
-                self.event("tracker", dropped=sink.num_dropped, problem=sink.problem)
+                self.event("tracker", name=sink.name, dropped=sink.num_dropped, problem=sink.problem)
         for file in (self._metrics, self._events, self._spans):
             file.close()
 
-    def _write(self, kind: str, step: int, policy_version: int, metrics: Mapping[str, Any]) -> None:
+    def _tell(self, alerts: list[Alert]) -> None:
+        for alert in alerts:
+            self.event("alert", **alert.fields())
+            self._send({"kind": "alert", **alert.fields()})
+            self.say(f"{'alert' if alert.state == 'raised' else 'cleared'}: {alert.rule}: {alert.text}")
+
+    def _write(self, kind: str, step: int, policy_version: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         row = {"kind": kind, "step": step, "policy_version": policy_version, "time_s": self._now()}
         row |= self._metrics.plain(metrics)
         row["monitor/non_finite"] = self._metrics.num_non_finite
         row["monitor/dropped"] = sum(sink.num_dropped for sink in self._sinks)
         self._metrics.append(row)
+        self._send(row)
+        return row
+
+    def _send(self, row: Mapping[str, Any]) -> None:
         for sink in self._sinks:
             sink.write(row)
 
@@ -140,111 +164,24 @@ class Monitor:
 
 
 def _sinks_of(folder: Path, config: TrainConfig) -> list[MetricSink]:
-    if config.monitor.wandb == "disabled":
-        return []
-    return [ThreadedSink(lambda: _start_wandb(folder, config))]
+    """Each module is imported where it is asked for; a missing package shows as the sink's problem."""
+    asked, sinks = config.monitor, []
+    if asked.wandb != "disabled":
+        from rl.wandb_sink import start_wandb
+
+        sinks.append(ThreadedSink(lambda: start_wandb(folder, config), name="wandb"))
+    if asked.tensorboard:
+        from rl.tensorboard_export import start_tensorboard
+
+        sinks.append(ThreadedSink(lambda: start_tensorboard(folder), name="tensorboard"))
+    if asked.prometheus_port:
+        from rl.prometheus import start_prometheus
+
+        sinks.append(ThreadedSink(lambda: start_prometheus(asked.prometheus_port), name="prometheus"))
+    return sinks
 
 
 def _progress_of(config: TrainConfig) -> ProgressLine:
     return ProgressLine(
         total_steps=config.steps, max_staleness=config.rollout.max_staleness, log_every=config.monitor.log_every
     )
-
-
-class Tracker(Protocol):
-    """A started run of a tracker; may block and may raise."""
-
-    def log(self, data: dict[str, Any]) -> None: ...
-
-    def finish(self) -> None: ...
-
-
-class ThreadedSink:
-    """A `MetricSink` that starts and feeds a tracker in its own thread.
-
-    A row that finds the queue full is dropped and counted, and so is one that the tracker refuses. A tracker that
-    cannot be started drops all.
-    """
-
-    def __init__(self, start: Callable[[], Tracker], *, max_queued: int = 512) -> None:
-        self.problem = ""
-        self._refused = 0
-        self._overflowed = 0
-        self._rows: queue.Queue[dict[str, Any] | None] = queue.Queue(max_queued)
-        self._thread = threading.Thread(target=self._work, args=(start,), name="tracker", daemon=True)
-        self._thread.start()
-
-    @property
-    def num_dropped(self) -> int:
-        return self._refused + self._overflowed
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        try:
-            self._rows.put_nowait(dict(row))
-        except queue.Full:
-            self._overflowed += 1
-
-    def close(self, deadline_s: float) -> None:
-        """Past the deadline the thread is left behind: it is a daemon and holds nothing of the run."""
-        until_s = time.monotonic() + deadline_s
-        try:
-            self._rows.put(None, timeout=deadline_s)
-        except queue.Full:
-            return
-        self._thread.join(max(0.0, until_s - time.monotonic()))
-
-    def _work(self, start: Callable[[], Tracker]) -> None:
-        tracker: Tracker | None = None
-        try:
-            tracker = start()
-        except Exception as error:  # whatever a tracker raises must not reach the run
-            self.problem = f"{type(error).__name__}: {error}"
-        while (row := self._rows.get()) is not None:
-            if tracker is None:
-                self._refused += 1
-                continue
-            try:
-                tracker.log(row)
-            except Exception as error:  # as above
-                self._refused += 1
-                self.problem = self.problem or f"{type(error).__name__}: {error}"
-        if tracker is not None:
-            try:
-                tracker.finish()
-            except Exception as error:  # as above
-                self.problem = self.problem or f"{type(error).__name__}: {error}"
-
-
-class _WandbTracker:
-    """Rows as wandb wants them. Never `log(step=...)`: wandb drops whatever comes later for an earlier step."""
-
-    def __init__(self, run: Any) -> None:
-        self._run = run
-        run.define_metric("trainer/step", hidden=True)
-        run.define_metric("*", step_metric="trainer/step")
-
-    def log(self, data: dict[str, Any]) -> None:
-        named = {"step": "trainer/step", "policy_version": "trainer/policy_version", "time_s": "time/s"}
-        numbers = {named.get(key, key): value for key, value in data.items() if key != "kind" and value is not None}
-        self._run.log(numbers)
-
-    def finish(self) -> None:
-        self._run.finish()
-
-
-def _start_wandb(folder: Path, config: TrainConfig) -> Tracker:
-    """A wandb run inside the run folder: silent, without a prompt, without a copy of the console."""
-    quiet = {"WANDB_SILENT": "true", "WANDB_CONSOLE": "off", "WANDB_ERROR_REPORTING": "false"}
-    for name, value in quiet.items():
-        os.environ.setdefault(name, value)  # read by wandb when it is imported
-    import wandb
-
-    run = wandb.init(
-        project=config.monitor.wandb_project,
-        name=folder.name,
-        dir=folder,
-        mode="online" if config.monitor.wandb == "online" else "offline",
-        config=asdict(config),
-        settings=wandb.Settings(init_timeout=30.0, finish_timeout=20.0, disable_git=True, disable_code=True),
-    )
-    return _WandbTracker(run)

@@ -73,12 +73,14 @@ class ProgressLine:
         self._first: tuple[int, float] | None = None
         self._live: Live | None = None
 
-    def step(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def step(self, step: int, metrics: Mapping[str, Any], alerts: Sequence[str] = ()) -> None:
+        """`alerts`: names of rules in trouble."""
         self._first = self._first or (step, self._clock())
         reward = metrics.get("reward/mean")
         if reward is not None:
             self._rewards.append(reward)
-        line = Text("  ".join(self._parts(step, metrics)), no_wrap=True, overflow="ellipsis")
+        shown = [f"! {name}" for name in alerts]
+        line = Text("  ".join([*self._parts(step, metrics), *shown]), no_wrap=True, overflow="ellipsis")
         if not self._console.is_terminal:
             if step % self._log_every == 0 or step == self._total_steps:
                 self._console.print(line, soft_wrap=True)

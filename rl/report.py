@@ -81,6 +81,7 @@ def _tool_metrics(rows: "Sequence[Row]") -> dict[str, float]:
     called = [t.meta.get("num_tool_calls", 0) > 0 for t in valid]
     needed = [t.meta.get("needs_tool") for t in valid]
     metrics = {
+        "tool/offered": _mean(t.meta.get("num_tools", 0) > 0 for t in valid),
         "tool/productivity": sum(correct) / calls if calls else 0.0,
         "tool/error_ratio": sum(t.meta.get("num_tool_errors", 0) for t in valid) / calls if calls else 0.0,
         "tool/cost_share": _share(sum(row.paid for row in rows), sum(t.reward or 0.0 for t in valid)),

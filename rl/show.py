@@ -18,11 +18,13 @@ from conf.checks import leaf_keys, lookup
 from conf.schema import TrainConfig
 from envs.message import Message
 from rl import run_folder
+from rl.alerts import active_alerts
 from rl.json_lines import read_json_lines
 from rl.progress import duration, plain_console, sparkline, visible
 from rl.run_folder import RunFolder, RunFolderError
 from rl.transcript import message_text
 from rl.usage import UsageError
+from rl.verdict import judge
 from rollout.recorder import StoredTrajectory, TrajectoryReader
 from rollout.trajectory import Trajectory
 
@@ -102,6 +104,9 @@ def show_run(run: str, *, root: str = "runs", as_json: bool = False) -> int:
     console.print(Text(f"\nsettings that differ from the defaults: {changed or 'none'}"))
     _print_evaluations(console, facts["evaluations"])
     _print_last_step(console, facts["metrics"])
+    console.print(Text(f"\n{facts['verdict']}"))
+    for alert in facts["alerts"]:
+        console.print(Text(visible(f"alert since step {alert['step']}: {alert['rule']}: {alert['text']}"), style="red"))
     if facts["trajectories"]:
         counts = ", ".join(f"{count} {status}" for status, count in sorted(facts["trajectories"].items()))
         console.print(Text(f"\ntrajectories: {counts}; read one with shoal show {facts['run']} --traj 1"))
@@ -149,6 +154,8 @@ def _run_facts(folder: RunFolder) -> dict[str, Any]:
         "changed": _changed(config),
         "evaluations": [row for row in rows if row["kind"] == "evaluation"],
         "metrics": steps[-1] if steps else {},
+        "verdict": judge(rows, max_staleness=config.rollout.max_staleness).sentence,
+        "alerts": list(active_alerts(read_json_lines(folder.events)).values()),
         "trajectories": _trajectory_counts(folder),
         "summary": json.loads(folder.summary.read_text()) if folder.summary.is_file() else {},
     }

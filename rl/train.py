@@ -147,7 +147,13 @@ async def _main(
             return RunStatus.INTERRUPTED
         if controller.held_out_overlap:
             raise RuntimeError(f"{controller.held_out_overlap} held-out problems were trained on")
-        summary = _summary(config, controller, train_s=time.monotonic() - ready_s, start_s=ready_s - started_s)
+        summary = _summary(
+            config,
+            controller,
+            verdict=monitor.verdict().sentence,
+            train_s=time.monotonic() - ready_s,
+            start_s=ready_s - started_s,
+        )
         folder.write_summary(summary)
         _show_end(config, folder, monitor, controller, summary)
         return RunStatus.FINISHED
@@ -287,7 +293,9 @@ def _stop_on_signals(controller: Controller) -> None:
         loop.add_signal_handler(name, first)
 
 
-def _summary(config: TrainConfig, controller: Controller, *, train_s: float, start_s: float) -> dict[str, Any]:
+def _summary(
+    config: TrainConfig, controller: Controller, *, verdict: str, train_s: float, start_s: float
+) -> dict[str, Any]:
     evaluations = controller.progress.evaluations
     before, after = evaluations[0], evaluations[-1]
     return {
@@ -309,6 +317,7 @@ def _summary(config: TrainConfig, controller: Controller, *, train_s: float, sta
         "after": asdict(after),
         "curve": [[e.step, e.success, e.n] for e in evaluations],
         "restarts": controller.fleet.num_restarts,
+        "verdict": verdict,
         "transcripts": [transcript_text(t) for t in controller.transcripts],
     }
 
@@ -327,7 +336,7 @@ def _show_end(
         f"{summary['env']}: success {summary['success_before']:.3f} -> {summary['success_after']:.3f} "
         f"(95% interval {low:.3f} to {high:.3f}, {summary['n']} held-out tasks, overlap with training "
         f"{summary['held_out_overlap']}), {summary['train_seconds']:.0f} s\n"
-        f"run folder {folder.path}\nlook closer: shoal show {folder.name} --traj 1"
+        f"{summary['verdict']}\nrun folder {folder.path}\nlook closer: shoal show {folder.name} --traj 1"
     )
 
 

@@ -44,6 +44,8 @@ class Member:
     """Leases out."""
     restarts: int = 0
     last_seen_s: float = 0.0
+    idle_since_s: float | None = None
+    """When its last lease ended; None while it has one, and before it had weights."""
     status: WorkerStatus | None = None
     last_error: str = ""
 
@@ -62,12 +64,14 @@ class Fleet:
         heartbeat_s: float,
         restart_timeout_s: float,
         on_event: Callable[..., None],
+        on_span: Callable[[str, str, float, float], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.members = [Member(client=client) for client in clients]
         self._heartbeat_s = heartbeat_s
         self._restart_timeout_s = restart_timeout_s
         self._on_event = on_event
+        self._on_span = on_span
         self._clock = clock
         self._changed = asyncio.Condition()
         self._snapshot: object = None
@@ -81,6 +85,11 @@ class Fleet:
     @property
     def num_restarts(self) -> int:
         return sum(member.restarts for member in self.members)
+
+    def heartbeat_ages_s(self) -> dict[str, float]:
+        """Worker -> seconds since it last answered; those that never did or are retired are left out."""
+        known = (m for m in self.members if m.state not in (WorkerState.STARTING, WorkerState.RETIRED))
+        return {m.name: self._clock() - m.last_seen_s for m in known}
 
     async def choose(self, min_version: int, deadline_s: float) -> Member:
         """The least-loaded healthy worker serving `min_version` or later; its load is counted up at once.
@@ -98,6 +107,9 @@ class Fleet:
                 await self._changed.wait_for(candidates)
                 member = min(candidates(), key=lambda m: m.load)
                 member.load += 1
+                if member.idle_since_s is not None:
+                    self._on_span(member.name, "wait", member.idle_since_s, self._clock())
+                    member.idle_since_s = None
                 return member
         except TimeoutError:
             raise FleetError(
@@ -108,6 +120,8 @@ class Fleet:
         """A lease of `member` ended, however it ended."""
         async with self._changed:
             member.load -= 1
+            if member.load == 0:
+                member.idle_since_s = self._clock()
             self._changed.notify_all()
 
     def describe(self) -> list[str]:
@@ -131,8 +145,10 @@ class Fleet:
             raise refusals[0]
 
     async def _load(self, member: Member) -> WeightSyncError | None:
+        start_s = self._clock()
         try:
             member.version = await member.client.load_weights(self._snapshot)
+            self._on_span(member.name, "sync", start_s, self._clock())
         except WeightSyncError as error:
             member.last_error = str(error)
             self._on_event("weights_refused", worker=member.name, version=self._version, error=str(error))

@@ -62,6 +62,7 @@ def test_an_episode_gives_outcomes_with_cumulative_facts() -> None:
         assert last.meta == {
             "needs_tool": True,
             "level": 0,
+            "num_tools": 3,
             "num_tool_calls": 2,
             "num_tool_errors": 1,
             "tool_cost": 2.0,

@@ -73,7 +73,13 @@ class FakeWorker:
 def fleet_of(*workers: FakeWorker) -> tuple[Fleet, list[str]]:
     """A fleet, and the kinds of events it tells."""
     events: list[str] = []
-    fleet = Fleet(workers, heartbeat_s=1.0, restart_timeout_s=1.0, on_event=lambda kind, **_: events.append(kind))
+    fleet = Fleet(
+        workers,
+        heartbeat_s=1.0,
+        restart_timeout_s=1.0,
+        on_event=lambda kind, **_: events.append(kind),
+        on_span=lambda *_: None,
+    )
     return fleet, events
 
 
