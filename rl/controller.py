@@ -331,7 +331,6 @@ class Controller:
         metrics = {
             **report.metrics,
             **times,
-            "time/rollout_idle_ratio": min(max(1.0 - busy_s / max(step_s, 1e-9), 0.0), 1.0),
             "trainer/tok_s": tokens / max(step_s, 1e-9),
             "rollout/episodes_s": len(trajectories) / max(step_s, 1e-9),
             "rollout/env_s/mean": sum(t.env_seconds for t in trajectories) / max(len(trajectories), 1),
@@ -346,6 +345,7 @@ class Controller:
             "faults/dropped_groups": counters.dropped,
             "workers/healthy": self.fleet.num_healthy,
             "curriculum/gated_groups": counters.gated,
+            **({"time/rollout_idle_ratio": max(1.0 - busy_s / max(step_s, 1e-9), 0.0)} if busy_s else {}),
             **self._source.curriculum.metrics(),
             **self._selection_bias(trajectories),
         }

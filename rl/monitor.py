@@ -130,13 +130,13 @@ class Monitor:
         self._closed = True
         if self._progress is not None:
             self._progress.close()
-        if (verdict := self.verdict()).limit != "unknown":
-            self.event("verdict", **asdict(verdict))
         until_s = time.monotonic() + deadline_s
         for sink in self._sinks:
             sink.close(max(0.0, until_s - time.monotonic()))
             if sink.num_dropped or sink.problem:
                 self.event("tracker", name=sink.name, dropped=sink.num_dropped, problem=sink.problem)
+        if (verdict := self.verdict()).limit != "unknown":
+            self.event("verdict", **asdict(verdict))
         for file in (self._metrics, self._events, self._spans):
             file.close()
 

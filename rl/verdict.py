@@ -55,10 +55,11 @@ def judge(rows: Sequence[Mapping[str, Any]], *, max_staleness: int) -> Verdict:
     if len(steps) < MIN_STEPS:
         sentence = f"no verdict yet: {len(steps)} of the {MIN_STEPS} learner steps it needs"
         return Verdict(limit="unknown", sentence=sentence, num_steps=len(steps))
+    # busy 0: no heartbeat told it yet, for engines that made these groups were busy
     busy = _share(steps, "rollout/busy_s", "time/step")
     shares = {
         "learner_idle": _share(steps, "time/wait_for_batch", "time/step"),
-        "rollout_idle": None if busy is None else min(max(1.0 - busy, 0.0), 1.0),
+        "rollout_idle": None if not busy else min(max(1.0 - busy, 0.0), 1.0),
         "env_share": _share(steps, "rollout/env_s/mean", "rollout/episode_s/mean"),
         "sync": _share(steps, "time/sync", "time/step"),
         "checkpoint": _share(steps, "time/checkpoint", "time/step"),
