@@ -1,5 +1,6 @@
 """Commands that look at runs and at this machine and change nothing in either."""
 
+import sys
 from argparse import ArgumentParser, Namespace
 
 from rl.command import RUN_HELP, Command, reader_arguments, run_arguments
@@ -25,6 +26,56 @@ def _diff(args: Namespace) -> int:
     return diff(args.a, args.b, root=args.root, as_json=args.json)
 
 
+def _report_arguments(parser: ArgumentParser) -> None:
+    run_arguments(parser)
+    parser.add_argument("-o", "--output", metavar="FILE", help="default: RUN.html, here")
+
+
+def _report(args: Namespace) -> int:
+    from rl.report_page import report
+
+    return report(args.run, root=args.root, output=args.output, as_json=args.json)
+
+
+def _plot_arguments(parser: ArgumentParser) -> None:
+    run_arguments(parser)
+    parser.add_argument("metrics", nargs="*", metavar="METRIC", help="default: success, reward, staleness, speed, ...")
+    parser.add_argument("-o", "--output", metavar="FILE", help="default: RUN.png, here")
+
+
+def _plot(args: Namespace) -> int:
+    from rl.plot import plot
+
+    return plot(args.run, args.metrics, root=args.root, output=args.output, as_json=args.json)
+
+
+def _top_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", nargs="?", default="latest", help=f"{RUN_HELP} (default: latest)")
+    reader_arguments(parser)
+
+
+def _top(args: Namespace) -> int:
+    from rl.run_watch import RunWatch, print_glance
+
+    watch = RunWatch.open(args.root, args.run)
+    if args.json or not sys.stdout.isatty():
+        return print_glance(watch, as_json=args.json)
+    from rl.top import run_app
+
+    return run_app(watch)
+
+
+def _doctor_arguments(parser: ArgumentParser) -> None:
+    reader_arguments(parser)
+    parser.add_argument("--no-smoke", action="store_true", help="leave out the training of three steps (10 s)")
+
+
+def _doctor(args: Namespace) -> int:
+    from rl.doctor import doctor
+
+    return doctor(args.root, smoke=not args.no_smoke, as_json=args.json)
+
+
 def _completion_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("shell", choices=[*SCRIPTS, "words"], help="print its script; `words` is what scripts call")
     parser.add_argument("line", nargs="?", help="with `words`: the command line so far")
@@ -44,6 +95,25 @@ def _completion(args: Namespace) -> int:
 
 
 READER_COMMANDS: dict[str, Command] = {
+    "top": Command(
+        summary="watch a run in the terminal, also over ssh",
+        examples="  shoal top                   the newest run; q leaves, the run goes on\n"
+        "  shoal top latest --json     one glance, for scripts",
+        arguments=_top_arguments,
+        run=_top,
+    ),
+    "report": Command(
+        summary="a run as one HTML file to send to somebody",
+        examples="  shoal report latest\n  shoal report latest -o report.html",
+        arguments=_report_arguments,
+        run=_report,
+    ),
+    "plot": Command(
+        summary="a run's curves as a PNG",
+        examples="  shoal plot latest\n  shoal plot latest reward/mean policy/entropy -o curves.png",
+        arguments=_plot_arguments,
+        run=_plot,
+    ),
     "diff": Command(
         summary="in which settings, versions and results two runs differ",
         examples="  shoal diff latest 20261123-1502\n  shoal diff runs/a /mnt/elsewhere/runs/b --json",
@@ -55,6 +125,12 @@ READER_COMMANDS: dict[str, Command] = {
         examples="  shoal audit latest\n  shoal audit latest --json        exit code 1: it does not balance",
         arguments=run_arguments,
         run=_audit,
+    ),
+    "doctor": Command(
+        summary="is this machine ready? and the command that helps where it is not",
+        examples="  shoal doctor\n  shoal doctor --no-smoke --json        exit code 3: something failed",
+        arguments=_doctor_arguments,
+        run=_doctor,
     ),
     "completion": Command(
         summary="a script that completes shoal's words in bash, zsh or fish",

@@ -120,7 +120,10 @@ def test_every_file_of_a_run_folder_is_explained(runs: Path) -> None:
     assert found == documented - {"wandb"}  # disabled here
 
 
-def test_json_keys_are_those_that_are_promised(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_keys_are_those_that_are_promised(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # reports and plots are written where one stands
     section = (DOCS / "runs.md").read_text().split("\n## JSON\n")[1].split("\n## ")[0]
     promised = dict(re.findall(r"^\| `(.+?)` \| (.+) \|$", section, re.MULTILINE))
     found = {"summary.json": json.loads((runs / "latest" / "summary.json").read_text())}
