@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from conf.checks import ConfigError
 from rl.command import RUN_HELP, Command, CommandTable, reader_arguments, run_arguments, run_words
+from rl.dash_command import DASH
 from rl.env_commands import ENV_COMMANDS
 from rl.reader_commands import READER_COMMANDS
 from rl.usage import UsageError
@@ -210,6 +211,7 @@ COMMANDS: dict[str, Command | CommandTable] = {
         run=_show,
     ),
     **READER_COMMANDS,
+    "dash": DASH,
     "env": ENV_COMMANDS,
     "bench": Command(
         summary="run a benchmark of the checkout",

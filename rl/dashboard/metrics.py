@@ -1,0 +1,258 @@
+"""metrics.jsonl in columns, read once and then only what is new; series thinned to what a screen can show."""
+
+import json
+import math
+import threading
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MAX_LINE_BYTES = 4 * 2**20
+"""A longer line is passed over and counted."""
+CHUNK_BYTES = 2**20
+AXES = ("step", "time_s", "tokens", "trajectories")
+MAX_KEYS = 5_000
+"""Names that are kept of one file."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cursor:
+    """How far a file was read.
+
+    Example: Cursor.parse(str(Cursor(inode=7, offset=90))) -> Cursor(inode=7, offset=90).
+    """
+
+    inode: int = 0
+    """Of the file: a resumed run replaces metrics.jsonl, and an offset into the old one means nothing."""
+    offset: int = 0
+    """Bytes, always at the beginning of a line."""
+
+    def __str__(self) -> str:
+        return f"{self.inode}.{self.offset}"
+
+    @staticmethod
+    def parse(text: str) -> "Cursor":
+        inode, _, offset = text.partition(".")
+        if not (inode.isdecimal() and offset.isdecimal() and len(text) < 50):
+            return Cursor()
+        return Cursor(inode=int(inode), offset=int(offset))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewLines:
+    """What a file has gained."""
+
+    rows: tuple[dict[str, Any], ...]
+    cursor: Cursor
+    restarted: bool = False
+    """The file was replaced or cut, and `rows` begin at its beginning."""
+    num_bad: int = 0
+    """Lines that were no JSON object, or too long."""
+    more: bool = False
+    """There is more than `max_bytes`: ask again."""
+
+
+def read_new_lines(path: Path, cursor: Cursor, max_bytes: int = CHUNK_BYTES) -> NewLines:
+    """Whole lines after `cursor`; one that is still being written waits for the next call."""
+    try:
+        file = path.open("rb")
+    except OSError:
+        return NewLines(rows=(), cursor=cursor)
+    with file:
+        stat = _stat(file)
+        restarted = cursor.inode not in (0, stat.inode) or cursor.offset > stat.offset
+        start = 0 if restarted else cursor.offset
+        file.seek(start)
+        data = file.read(max_bytes)
+        end = data.rfind(b"\n") + 1
+        num_bad = 0
+        while not end and len(data) >= max_bytes:  # one line longer than a chunk: kept only if it is not absurd
+            more = file.read(max_bytes)
+            if not more:
+                return NewLines(rows=(), cursor=Cursor(inode=stat.inode, offset=start), restarted=restarted)
+            if len(data) > MAX_LINE_BYTES:
+                start, data, num_bad = start + len(data), b"", 1
+            data += more
+            end = data.rfind(b"\n") + 1
+    if num_bad:  # `data` begins amid the long line
+        cut = data.find(b"\n") + 1
+        start, data, end = start + cut, data[cut:], end - cut
+    rows = []
+    for line in data[:end].splitlines():
+        row = _row(line)
+        num_bad += row is None
+        if row is not None:
+            rows.append(row)
+    cursor = Cursor(inode=stat.inode, offset=start + end)
+    more_left = end > 0 and cursor.offset < stat.offset and len(data) >= max_bytes
+    return NewLines(rows=tuple(rows), cursor=cursor, restarted=restarted, num_bad=num_bad, more=more_left)
+
+
+def _stat(file: Any) -> Cursor:
+    import os
+
+    stat = os.fstat(file.fileno())
+    return Cursor(inode=stat.st_ino, offset=stat.st_size)
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line, parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+class MetricTable:
+    """One metrics.jsonl by name. Any thread may ask.
+
+    Example: table.refresh(); table.series(["reward/mean"], max_points=2000)["reward/mean"]["y"] -> [0.4, 0.5]
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._forget()
+
+    def refresh(self) -> None:
+        """Read what is new."""
+        with self._lock:
+            while True:
+                new = read_new_lines(self._path, self.cursor)
+                if new.restarted:
+                    self._forget()
+                self.cursor = new.cursor
+                self.num_bad += new.num_bad
+                for row in new.rows:
+                    self._add(row)
+                if not new.more:
+                    return
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """Newest row of kind "step"; {} before the first."""
+        return self._last
+
+    def keys(self) -> list[dict[str, Any]]:
+        """Name, points and newest value of every series, in order of names."""
+        with self._lock:
+            return [
+                {"key": key, "n": len(rows), "last": _null(values[-1])}
+                for key, (rows, values) in sorted(self._columns.items())
+            ]
+
+    def series(self, keys: Sequence[str], max_points: int) -> dict[str, Any]:
+        """Per name: `n` points in all; of at most `max_points` the value `y` (null: not finite) and every axis."""
+        with self._lock:
+            found = {}
+            for key in keys:
+                rows, values = self._columns.get(key, (array("q"), array("d")))
+                picks = thin(values, max_points)
+                axes = {axis: [self._axes[axis][rows[i]] for i in picks] for axis in AXES}
+                found[key] = {"n": len(values), "y": [_null(values[i]) for i in picks], **axes}
+            return found
+
+    def csv_lines(self, keys: Sequence[str]) -> Iterator[str]:
+        """Every point of the names, not thinned, one line a row of the file that has one of them."""
+        with self._lock:
+            columns = [dict(zip(*self._columns.get(key, ((), ())), strict=True)) for key in keys]
+            axes = {axis: list(values) for axis, values in self._axes.items()}
+        yield ",".join([*AXES, *(_csv(key) for key in keys)]) + "\n"
+        for row in sorted(set().union(*columns)):
+            cells = [repr(axes[axis][row]) for axis in AXES]
+            values = [column.get(row) for column in columns]
+            cells += ["" if value is None or math.isnan(value) else repr(value) for value in values]
+            yield ",".join(cells) + "\n"
+
+    def _forget(self) -> None:
+        self.cursor = Cursor()
+        self.num_bad = 0
+        self._last: dict[str, Any] = {}
+        self._columns: dict[str, tuple[array, array]] = {}
+        self._axes = {axis: array("d") for axis in AXES}
+
+    def _add(self, row: dict[str, Any]) -> None:
+        number = len(self._axes["step"])
+        kind = row.get("kind")
+        for axis in ("step", "time_s"):
+            self._axes[axis].append(_number(row.get(axis)) or 0.0)
+        fresh = {"tokens": 0.0, "trajectories": 0.0}
+        if kind == "step":
+            self._last = row
+            fresh["tokens"] = _number(row.get("trainer/tokens")) or 0.0
+            counts = [_number(value) or 0.0 for key, value in row.items() if key.startswith("rows/")]
+            fresh["trajectories"] = sum(counts)
+        for axis, gained in fresh.items():
+            self._axes[axis].append((self._axes[axis][-1] if number else 0.0) + gained)
+        for key, value in row.items():
+            if key in ("kind", "step", "time_s"):
+                continue
+            number_or_none = _number(value)
+            if number_or_none is None and value is not None:
+                continue
+            if key not in self._columns and len(self._columns) >= MAX_KEYS:
+                continue
+            rows, values = self._columns.setdefault(key, (array("q"), array("d")))
+            rows.append(number)
+            values.append(math.nan if number_or_none is None else number_or_none)
+
+
+class MetricTables:
+    """Tables of the runs that were looked at last."""
+
+    def __init__(self, max_tables: int = 12) -> None:
+        self._max_tables = max_tables
+        self._tables: OrderedDict[Path, MetricTable] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, path: Path) -> MetricTable:
+        """Up to date."""
+        with self._lock:
+            table = self._tables.setdefault(path, MetricTable(path))
+            self._tables.move_to_end(path)
+            while len(self._tables) > self._max_tables:
+                self._tables.popitem(last=False)
+        table.refresh()
+        return table
+
+
+def thin(values: Sequence[float], max_points: int) -> list[int]:
+    """Indices to show: all of them, or the first, the last, and of each stretch its lowest and its highest.
+
+    So no spike is lost, as it would be with every n-th. Example: thin([0, 9, 0, 0, 0, 1, 0, 0], 6) -> [0, 1, 2, 5, 7]
+    """
+    if len(values) <= max_points:
+        return list(range(len(values)))
+    stretches = max(1, (max_points - 2) // 2)
+    picks = {0, len(values) - 1}
+    for stretch in range(stretches):
+        start = stretch * len(values) // stretches
+        end = (stretch + 1) * len(values) // stretches
+        # a value that is not finite compares with nothing: it goes last either way
+        picks.add(min(range(start, end), key=lambda i: values[i] if not math.isnan(values[i]) else math.inf))
+        picks.add(max(range(start, end), key=lambda i: values[i] if not math.isnan(values[i]) else -math.inf))
+    return sorted(picks)
+
+
+def _number(value: Any) -> float | None:
+    """The value as a finite float; None for what is none (a flag is none either)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _null(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _csv(text: str) -> str:
+    """One cell. A spreadsheet must not take a name for a formula."""
+    text = "'" + text if text[:1] in "=+-@\t\r" else text
+    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\r\n') else text

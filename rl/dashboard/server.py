@@ -1,0 +1,337 @@
+"""The dashboard's server: a Starlette application over one folder of runs, read only.
+
+Every answer is bounded: rows by paging, series by thinning, texts and files by bytes. An answer is made of the run's
+files at the time of asking; nothing is kept but the columns of metrics.jsonl.
+"""
+
+import functools
+import importlib.util
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from rl.dashboard import database, processes
+from rl.dashboard.folders import NotThere, Refused, confined, find_run, read_text
+from rl.dashboard.metrics import MetricTables
+from rl.dashboard.security import Access, Guard
+from rl.dashboard.stream import MAX_STREAMS, follow
+from rl.run_folder import RunFolder, list_runs
+from rollout.codec import plain
+
+STATIC = Path(__file__).parent / "static"
+MAX_ANSWER_BYTES = 8 * 2**20
+MAX_POINTS = 2000
+MAX_SERIES = 256
+MAX_RUNS = 500
+MAX_FILE_BYTES = 2**20
+TYPES = {".js": "text/javascript", ".css": "text/css", ".html": "text/html", ".svg": "image/svg+xml"}
+
+
+class Stop:
+    """Set when the server is to end, so that open streams end too."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+
+
+class Dashboard:
+    """The answers. Example: Dashboard(Path("runs"), Stop()).runs({}) -> {"runs": [...]}"""
+
+    def __init__(self, root: Path, stop: Stop) -> None:
+        self.root = root
+        self.stop = stop
+        self.tables = MetricTables()
+        self.num_streams = 0
+
+    def runs(self, _: Mapping[str, str]) -> dict[str, Any]:
+        found = []
+        for run in list_runs(self.root)[:MAX_RUNS]:
+            state = run.state
+            facts = {"status": state.status, "step": state.step, "started_s": state.started_s} if state else {}
+            summary = {
+                k: run.summary.get(k) for k in ("env", "seed", "success_before", "success_after", "train_seconds")
+            }
+            found.append(
+                {"run": run.name, "fault": run.fault, "error": state.error if state else "", **facts, **summary}
+            )
+        return {"runs": found}
+
+    def run(self, folder: RunFolder, _: Mapping[str, str]) -> dict[str, Any]:
+        """State, result, newest step and evaluation; where its metrics.jsonl and events.jsonl were read to."""
+        state = folder.state()
+        table = self.tables.get(folder.metrics)
+        return {
+            "run": folder.name,
+            "state": {
+                name: getattr(state, name) for name in ("status", "step", "started_s", "heartbeat_s", "error", "host")
+            },
+            "summary": _mapping(read_text(folder, folder.summary, MAX_FILE_BYTES)),
+            "last": table.last,
+            "keys": table.keys(),
+            "bad_lines": table.num_bad,
+            "trajectories": self._database(folder, database.counts, {}),
+            "cursor": str(table.cursor),
+        }
+
+    def series(self, folder: RunFolder, query: Mapping[str, str]) -> dict[str, Any]:
+        keys = [key for key in query.get("keys", "").split(",") if key]
+        if not 1 <= len(keys) <= MAX_SERIES:
+            raise Refused(f"keys names 1 to {MAX_SERIES} series, separated by commas; got {len(keys)}")
+        table = self.tables.get(folder.metrics)
+        max_points = _whole(query, "max_points", MAX_POINTS, 2, MAX_POINTS)
+        return {"run": folder.name, "series": table.series(keys, max_points), "cursor": str(table.cursor)}
+
+    def trajectories(self, folder: RunFolder, query: Mapping[str, str]) -> dict[str, Any]:
+        filters = {k: v for k, v in query.items() if k not in ("before", "limit") and v != ""}
+        before, limit = _whole(query, "before", 0, 0, 2**62), _whole(query, "limit", 50, 1, database.MAX_ROWS)
+        return self._database(
+            folder,
+            lambda db: database.list_rows(db, filters, before=before, limit=limit),
+            {"rows": [], "next": None, "cut": False},
+        )
+
+    def facets(self, folder: RunFolder, _: Mapping[str, str]) -> dict[str, Any]:
+        return self._database(folder, database.facets, {})
+
+    def trajectory(self, folder: RunFolder, query: Mapping[str, str]) -> dict[str, Any]:
+        return self._database(folder, lambda db: database.read_row(db, _whole(query, "row", 0, 0, 2**62)))
+
+    def tokens(self, folder: RunFolder, query: Mapping[str, str]) -> dict[str, Any]:
+        row, offset = _whole(query, "row", 0, 0, 2**62), _whole(query, "offset", 0, 0, 2**40)
+        limit = _whole(query, "limit", 500, 1, 2000)
+        answer = self._database(folder, lambda db: database.read_tokens(db, row, offset=offset, limit=limit))
+        config = _flat(_yaml(read_text(folder, folder.config, MAX_FILE_BYTES)))
+        clips = {name: config.get(f"learner.{name}") for name in ("clip_low", "clip_high")}
+        return answer | clips | {"text": _token_texts(answer["id"], config)}
+
+    def workers(self, folder: RunFolder, _: Mapping[str, str]) -> dict[str, Any]:
+        return processes.workers(folder)
+
+    def ledger(self, folder: RunFolder, query: Mapping[str, str]) -> dict[str, Any]:
+        from rollout.ledger import LedgerError, read_audit
+
+        path = confined(folder, folder.ledger)
+        before, state = _whole(query, "before", 0, 0, 2**62), query.get("state", "")
+        with database.reading(path) as db:
+            answer = database.ledger_rows(db, state=state, before=before, limit=_whole(query, "limit", 50, 1, 200))
+        try:
+            return answer | {"audit": read_audit(path)}
+        except LedgerError as error:
+            raise Refused(str(error)) from error
+
+    def config(self, folder: RunFolder, _: Mapping[str, str]) -> dict[str, Any]:
+        values = _flat(_yaml(read_text(folder, folder.config, MAX_FILE_BYTES)))
+        return {"config": values, "manifest": _mapping(read_text(folder, folder.manifest, MAX_FILE_BYTES))}
+
+    def logs(self, folder: RunFolder, query: Mapping[str, str]) -> dict[str, Any]:
+        if "name" in query:
+            return processes.read_log(folder, query["name"], _whole(query, "offset", -1, -1, 2**62))
+        return {"logs": processes.list_logs(folder)}
+
+    def events(self, folder: RunFolder, query: Mapping[str, str]) -> dict[str, Any]:
+        limit = _whole(query, "limit", 500, 1, 5000)
+        rows, cursor = processes.last_rows_and_cursor(folder, folder.events, limit)
+        return {"events": rows, "cursor": f"{self.tables.get(folder.metrics).cursor}-{cursor}"}
+
+    def spans(self, folder: RunFolder, query: Mapping[str, str]) -> dict[str, Any]:
+        return {"spans": processes.last_rows(folder, folder.spans, _whole(query, "limit", 1500, 1, 5000))}
+
+    def perfetto(self, folder: RunFolder, _: Mapping[str, str]) -> dict[str, Any]:
+        return processes.perfetto(folder)
+
+    def _database(self, folder: RunFolder, ask: Callable[[Any], Any], empty: Any = None) -> Any:
+        """`empty` answers where the run has no file of trajectories yet."""
+        if empty is not None and not folder.trajectories.is_file():
+            return empty
+        with database.reading(confined(folder, folder.trajectories)) as db:
+            return ask(db)
+
+
+def make_app(root: Path, access: Access, stop: Stop | None = None) -> Guard:
+    """The application, to be served by any ASGI server."""
+    board = Dashboard(root, stop or Stop())
+    of_run = (
+        "series",
+        "trajectories",
+        "facets",
+        "trajectory",
+        "tokens",
+        "workers",
+        "ledger",
+        "config",
+        "logs",
+        "events",
+    )
+    routes = [
+        Route("/", _file(STATIC / "index.html")),
+        Route("/static/{name}", _static),
+        Route("/charts.js", _file(chart_library())),
+        Route("/api/runs", _answer(board, board.runs)),
+        Route("/api/runs/{run}", _answer_of_run(board, board.run)),
+        *(Route(f"/api/runs/{{run}}/{name}", _answer_of_run(board, getattr(board, name))) for name in of_run),
+        Route("/api/runs/{run}/spans", _answer_of_run(board, board.spans)),
+        Route("/api/runs/{run}/perfetto.json", _answer_of_run(board, board.perfetto)),
+        Route("/api/runs/{run}/csv", functools.partial(_csv, board)),
+        Route("/api/runs/{run}/images/{sha256}", functools.partial(_image, board)),
+        Route("/api/runs/{run}/stream", functools.partial(_stream, board)),
+    ]
+    return Guard(Starlette(routes=routes), access)
+
+
+def chart_library() -> Path:
+    """The JavaScript that the installed plotly package carries. Found without importing it."""
+    spec = importlib.util.find_spec("plotly")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError("No module named 'plotly'", name="plotly")
+    return Path(spec.submodule_search_locations[0]) / "package_data" / "plotly.min.js"
+
+
+# --- requests and answers -------------------------------------------------------------------------------------------
+
+
+def _answer(board: Dashboard, ask: Callable[[Mapping[str, str]], Any]) -> Callable[[Request], Response]:
+    def endpoint(request: Request) -> Response:  # not async: Starlette runs it in a thread, for it reads files
+        return _json(lambda: ask(request.query_params))
+
+    return endpoint
+
+
+def _answer_of_run(
+    board: Dashboard, ask: Callable[[RunFolder, Mapping[str, str]], Any]
+) -> Callable[[Request], Response]:
+    def endpoint(request: Request) -> Response:
+        return _json(lambda: ask(find_run(board.root, request.path_params["run"]), request.query_params))
+
+    return endpoint
+
+
+def _json(ask: Callable[[], Any]) -> Response:
+    try:
+        body = json.dumps(plain(ask()), separators=(",", ":"), allow_nan=False)  # ASCII: texts may hold lone surrogates
+    except Exception as error:
+        return _failure(error)
+    if len(body) > MAX_ANSWER_BYTES:
+        return _error(413, f"the answer has {len(body)} bytes, more than {MAX_ANSWER_BYTES}: ask for less")
+    return Response(body, media_type="application/json", headers={"cache-control": "no-store"})
+
+
+def _failure(error: Exception) -> Response:
+    """What a run's files or a request do wrong is told; our own bugs are raised."""
+    if isinstance(error, NotThere):
+        return _error(404, str(error.args[0]))
+    if isinstance(error, Refused):
+        return _error(400, str(error))
+    if isinstance(error, OSError | RuntimeError | ValueError | KeyError | TypeError):  # a file of foreign making
+        return _error(422, f"cannot be read: {type(error).__name__}: {error}"[:1000])
+    raise error
+
+
+def _error(status: int, text: str) -> Response:
+    return JSONResponse({"error": plain(text.encode("utf-8", "replace").decode())}, status)
+
+
+def _file(path: Path) -> Callable[[Request], Response]:
+    return lambda request: FileResponse(path, media_type=TYPES[path.suffix], headers={"cache-control": "no-cache"})
+
+
+def _static(request: Request) -> Response:
+    path = STATIC / request.path_params["name"]
+    if path.parent != STATIC or path.suffix not in TYPES or not path.is_file():
+        return _error(404, "no such file")
+    return _file(path)(request)
+
+
+def _csv(board: Dashboard, request: Request) -> Response:
+    try:
+        folder = find_run(board.root, request.path_params["run"])
+    except NotThere as error:
+        return _failure(error)
+    keys = [key for key in request.query_params.get("keys", "").split(",") if key][:MAX_SERIES]
+    lines = board.tables.get(folder.metrics).csv_lines(keys)
+    name = {"content-disposition": f'attachment; filename="{folder.name}.csv"'}
+    return StreamingResponse(lines, media_type="text/csv", headers=name)
+
+
+def _image(board: Dashboard, request: Request) -> Response:
+    try:
+        folder = find_run(board.root, request.path_params["run"])
+        with database.reading(confined(folder, folder.trajectories)) as db:
+            data, kind = database.read_image(db, request.path_params["sha256"])
+    except (NotThere, Refused) as error:
+        return _failure(error)
+    return Response(data, media_type=kind, headers={"cache-control": "private, max-age=31536000, immutable"})
+
+
+async def _stream(board: Dashboard, request: Request) -> Response:
+    try:
+        folder = find_run(board.root, request.path_params["run"])
+    except NotThere as error:
+        return _failure(error)
+    if board.num_streams >= MAX_STREAMS:
+        return _error(503, f"{MAX_STREAMS} pages watch already")
+    last_id = request.headers.get("last-event-id") or request.query_params.get("cursor", "")
+
+    async def lines() -> AsyncIterator[str]:
+        board.num_streams += 1
+        try:
+            async for line in follow(folder, last_id, lambda: board.stop.is_set):
+                yield line
+        finally:
+            board.num_streams -= 1
+
+    return StreamingResponse(lines(), media_type="text/event-stream", headers={"cache-control": "no-store"})
+
+
+def _whole(query: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:
+    text = query.get(name, "")
+    if not text:
+        return default
+    try:
+        value = int(text)
+    except ValueError:
+        value = low - 1
+    if not low <= value <= high:
+        raise Refused(f"{name} is a whole number from {low} to {high}; got {text[:50]!r}")
+    return value
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    value = json.loads(text) if text else {}
+    return value if isinstance(value, dict) else {}
+
+
+def _yaml(text: str) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise Refused(f"config.yaml is not YAML: {error}") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _token_texts(ids: list[int], config: Mapping[str, Any]) -> list[str] | None:
+    """Text of each token where the run's tokenizer is our own; None where it would have to be loaded."""
+    if config.get("policy.dialect") != "tiny":
+        return None
+    from policy.tokenizer import ByteTokenizer
+
+    tokenizer = ByteTokenizer()
+    marks = {number: name for name, number in tokenizer.control_ids.items()}
+    return [marks.get(token) or tokenizer.decode([token]) for token in ids]

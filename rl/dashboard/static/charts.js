@@ -1,0 +1,89 @@
+// Charts by plotly, whose JavaScript the server takes out of the installed Python package. Loaded with the first chart.
+
+const COLORS = ["#1f77b4", "#d95f02", "#2b9348", "#7b4fb5", "#c2185b", "#8c6d31", "#00838f", "#616161"];
+let loading = null;
+
+export function library() {
+  if (!loading) {
+    loading = new Promise((resolve, reject) => {
+      const script = document.createElement("script");
+      script.src = "/charts.js";
+      script.onload = () => resolve(window.Plotly);
+      script.onerror = () => reject(new Error("the chart library did not load"));
+      document.head.append(script);
+    });
+  }
+  return loading;
+}
+
+// Axis titles are markup to the library: names come from environments, so what could begin a tag is taken out.
+const plain = (name) => String(name).replaceAll("<", "‹").replaceAll("&", "＆");
+
+// lines: [{name, x, y, band?: {low, high}}]
+export async function drawLines(node, lines, { title = "", log = false, xTitle = "" } = {}) {
+  const plotly = await library();
+  if (!node.isConnected) return;
+  const traces = [];
+  lines.forEach((line, i) => {
+    const color = COLORS[i % COLORS.length];
+    if (line.band) {
+      const shape = { x: line.x, mode: "lines", line: { width: 0 }, hoverinfo: "skip", showlegend: false };
+      traces.push({ ...shape, y: line.band.low }, { ...shape, y: line.band.high, fill: "tonexty", fillcolor: color + "33" });
+    }
+    traces.push({ x: line.x, y: line.y, name: plain(line.name), mode: line.y.length < 40 ? "lines+markers" : "lines",
+      line: { width: 1.5, color }, marker: { size: 4 }, connectgaps: false });
+  });
+  await plotly.react(node, traces, layout(title, { log, xTitle, legend: lines.length > 1 }), options(title));
+}
+
+// spans: [{process, activity, start_s, end_s}]
+export async function drawTimeline(node, spans) {
+  const plotly = await library();
+  if (!node.isConnected) return;
+  const activities = [...new Set(spans.map((span) => String(span.activity)))];
+  const traces = activities.map((activity, i) => {
+    const mine = spans.filter((span) => String(span.activity) === activity);
+    return { type: "bar", orientation: "h", name: plain(activity), marker: { color: COLORS[i % COLORS.length], opacity: 0.6 },
+      y: mine.map((span) => plain(span.process)), x: mine.map((span) => span.end_s - span.start_s),
+      base: mine.map((span) => span.start_s) };
+  });
+  const shape = layout("", { xTitle: "seconds since the run began", legend: true });
+  await plotly.react(node, traces, { ...shape, barmode: "overlay", yaxis: { type: "category", automargin: true } }, options("timeline"));
+}
+
+export async function forget(nodes) {
+  if (loading) nodes.forEach((node) => window.Plotly && window.Plotly.purge(node));
+}
+
+function layout(title, { log = false, xTitle = "", legend = false } = {}) {
+  return {
+    title: { text: plain(title), font: { size: 12 }, x: 0.02, xanchor: "left" },
+    margin: { l: 52, r: 10, t: 28, b: 34 }, showlegend: legend, legend: { font: { size: 10 }, orientation: "h", y: 1.02, yanchor: "bottom" },
+    xaxis: { title: { text: xTitle, font: { size: 11 }, standoff: 4 }, gridcolor: "#eee" },
+    yaxis: { type: log ? "log" : "linear", gridcolor: "#eee", zeroline: false, automargin: true }, hovermode: "closest",
+  };
+}
+
+function options(title) {
+  const filename = title.replace(/[^a-z0-9]+/gi, "-") || "chart";
+  return { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"], toImageButtonOptions: { format: "png", filename, scale: 2 } };
+}
+
+// Exponential moving average that ignores gaps; weight 0 changes nothing.
+export function smooth(values, weight) {
+  let mean = null;
+  return values.map((value) => {
+    if (value === null) return null;
+    mean = mean === null ? value : weight * mean + (1 - weight) * value;
+    return mean;
+  });
+}
+
+// Mean and range over lines at the x values that all of them have.
+export function meanBand(name, lines) {
+  const maps = lines.map((line) => new Map(line.x.map((x, i) => [x, line.y[i]])));
+  const x = lines[0].x.filter((at) => maps.every((map) => map.has(at) && map.get(at) !== null));
+  const columns = x.map((at) => maps.map((map) => map.get(at)));
+  const y = columns.map((column) => column.reduce((a, b) => a + b, 0) / column.length);
+  return { name, x, y, band: { low: columns.map((c) => Math.min(...c)), high: columns.map((c) => Math.max(...c)) } };
+}

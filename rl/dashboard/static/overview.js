@@ -1,0 +1,96 @@
+// One run at a glance: state, newest numbers, panels A to G. New lines are added to the charts as they are written.
+
+import { ask, follow } from "./api.js";
+import { drawLines } from "./charts.js";
+import { el, fill, link, num } from "./dom.js";
+
+// Names as in docs/runs.md. A name that ends in * stands for all that begin so.
+const PANELS = [
+  ["A. Learning", [["eval/success", "eval/ci95_low", "eval/ci95_high"], ["reward/mean", "reward/*"],
+    ["group/frac_mixed", "group/frac_all_good", "group/frac_all_bad"], ["curriculum/*"]]],
+  ["B. Off-policy health", [["off_policy/lag/mean", "off_policy/lag/max"], ["policy/mismatch_kl/mean", "policy/mismatch_kl/max"],
+    ["policy/ess_ratio"], ["policy/importance_ratio/mean", "policy/importance_ratio/max"]]],
+  ["C. Optimisation", [["loss/policy"], ["policy/entropy"], ["optim/grad_norm"], ["policy/clip_fraction", "policy/kl"], ["optim/lr"], ["advantage/std"]]],
+  ["D. Throughput", [["trainer/tok_s"], ["rollout/episodes_s"], ["time/trainer_idle_ratio"], ["time/step", "time/wait_for_batch", "time/train"], ["weight_sync/latency_s"]]],
+  ["E. Queue", [["queue/ready_groups", "queue/in_flight"], ["queue/oldest_age_s"]]],
+  ["F. Episodes and tools", [["episode/turns/mean"], ["episode/tokens/mean"], ["tool/calls_mean", "tool/error_ratio"], ["stop/*"], ["env/error_ratio"]]],
+  ["G. Health", [["workers/healthy"], ["faults/restarts", "faults/redispatched", "faults/dropped_groups"], ["monitor/non_finite", "monitor/dropped", "loss/nan_count"]]],
+];
+const NUMBERS = ["reward/mean", "eval/success", "off_policy/lag/max", "policy/entropy", "policy/mismatch_kl/mean", "optim/grad_norm",
+  "trainer/tok_s", "time/trainer_idle_ratio", "group/frac_mixed", "env/error_ratio", "workers/healthy"];
+
+export async function overviewView(view, run, query, signal) {
+  const facts = await ask(["runs", run], {}, signal);
+  const known = facts.keys.map(({ key }) => key);
+  const latest = Object.fromEntries(facts.keys.map(({ key, last }) => [key, last]));
+  const state = el("p", { id: "state" });
+  const numbers = el("div", { class: "numbers" });
+  const counts = Object.entries(facts.trajectories).map(([status, n]) => link(["run", run, "trajectories"], { status }, `${n} ${status} `));
+  const charts = [];
+  const panels = PANELS.map(([title, groups]) => {
+    const found = groups.map((names) => expand(names, known)).filter((names) => names.length);
+    if (!found.length) return null;
+    return el("section", {}, el("h2", {}, title), el("div", { class: "grid" }, found.map((keys) => {
+      const node = el("div", { class: "chart", "data-keys": keys.join(" ") });
+      charts.push({ node, keys });
+      return node;
+    })));
+  });
+  fill(view, el("h1", {}, run), state, el("p", {}, "trajectories: ", counts.length ? counts : "none yet"), numbers, panels);
+  showState(state, facts.state);
+  showNumbers(numbers, latest);
+
+  const store = {};
+  let cursor = facts.cursor;
+  const load = async () => {
+    const keys = [...new Set(charts.flatMap((chart) => chart.keys))].slice(0, 250).join(",");
+    if (!keys) return;
+    const answer = await ask(["runs", run, "series"], { keys, max_points: 500 }, signal);
+    Object.assign(store, answer.series);
+    cursor = answer.cursor;
+  };
+  await load();
+  // Numbers count the lines that the page has, so that a test can see that none came twice.
+  const draw = () => Promise.all(charts.filter(({ keys }) => keys.every((key) => store[key])).map(({ node, keys }) => {
+    const lines = keys.map((key) => ({ name: key, x: store[key].step, y: store[key].y }));
+    node.setAttribute("data-points", store[keys[0]].n);
+    return drawLines(node, lines, { title: keys.length > 1 ? "" : keys[0], xTitle: "step" });
+  }));
+  const started = draw();
+  let due = null;
+  follow(run, cursor, {
+    metrics: ({ rows }) => {
+      for (const row of rows) append(store, row);
+      for (const row of rows) for (const key of NUMBERS) if (key in row) latest[key] = row[key];
+      showNumbers(numbers, latest);
+      if (!due) due = setTimeout(() => { due = null; if (!signal.aborted) draw(); }, 500);
+    },
+    state: (now) => showState(state, now),
+    reset: () => window.dispatchEvent(new HashChangeEvent("hashchange")), // the run went back to a checkpoint
+  }, signal);
+  await started;
+}
+
+function append(store, row) {
+  for (const [key, series] of Object.entries(store)) {
+    if (!(key in row)) continue;
+    series.step.push(row.step);
+    series.y.push(row[key]);
+    series.n += 1;
+    if (series.y.length > 4000) { series.step.splice(0, 1000); series.y.splice(0, 1000); }
+  }
+}
+
+function expand(names, known) {
+  const found = names.flatMap((name) => (name.endsWith("*") ? known.filter((key) => key.startsWith(name.slice(0, -1))) : known.filter((key) => key === name)));
+  return [...new Set(found)].slice(0, 8);
+}
+
+function showState(node, state) {
+  const bad = ["failed", "crashed", "unreadable"].includes(state.status);
+  fill(node, el("b", { class: bad ? "bad" : null }, state.status), ` at step ${num(state.step)}`, state.error ? el("pre", { class: "bad" }, state.error) : "");
+}
+
+function showNumbers(node, latest) {
+  fill(node, NUMBERS.filter((key) => key in latest).map((key) => el("div", { "data-metric": key, title: key }, el("b", {}, num(latest[key], 3)), el("span", { class: "dim" }, key))));
+}

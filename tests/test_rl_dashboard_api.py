@@ -1,0 +1,322 @@
+"""What the dashboard answers: equal to what is stored, bounded, and refused to whom it must be."""
+
+import asyncio
+import json
+import os
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rl.dashboard.folders import NotThere, find_run
+from rl.dashboard.metrics import Cursor, MetricTable, read_new_lines, thin
+from rl.dashboard.security import Access
+from rl.dashboard.server import make_app
+from rl.dashboard.stream import follow
+from tests.dashboard_runs import PNG, RUN, XSS, make_run, metric_rows, start_server
+
+Ask = Callable[..., httpx.Response]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("dash")
+    make_run(root)
+    return root
+
+
+def _client(root: Path, access: Access | None = None) -> Ask:
+    app = make_app(root, access or Access())
+
+    def ask(path: str, headers: dict[str, str] | None = None, method: str = "GET", **query: Any) -> httpx.Response:
+        async def send() -> httpx.Response:
+            transport = httpx.ASGITransport(app=app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8765") as client:
+                return await client.request(method, path, headers=headers, params=query or None)
+
+        return asyncio.run(send())
+
+    return ask
+
+
+def _rows(root: Path, sql: str) -> list[sqlite3.Row]:
+    with sqlite3.connect(root / RUN / "trajectories.db") as db:
+        db.row_factory = sqlite3.Row
+        return db.execute(sql).fetchall()
+
+
+def test_series_are_the_lines_of_metrics_with_all_four_axes(root: Path) -> None:
+    answer = _client(root)(f"/api/runs/{RUN}/series", keys="reward/mean,policy/entropy").json()["series"]
+    steps = [row for row in metric_rows(root / RUN) if row["kind"] == "step"]
+    assert answer["reward/mean"]["y"] == [row["reward/mean"] for row in steps]
+    assert answer["reward/mean"]["time_s"] == [row["time_s"] for row in steps]
+    assert answer["reward/mean"]["tokens"] == [10.0, 20.0, 30.0]
+    assert answer["reward/mean"]["trajectories"] == [4.0, 8.0, 12.0]
+    assert answer["policy/entropy"]["y"] == [1.0, None, 1.0]
+
+
+def test_filters_give_the_rows_that_sql_gives(root: Path) -> None:
+    ask = _client(root)
+    cases = {
+        "min_reward=0.5": "reward >= 0.5",
+        "status=consumed": "status = 'consumed'",
+        "level=3&env=calc": "1",
+        "level=4": "0",
+        "min_staleness=2": "step - 1 - min_version >= 2",
+        "min_staleness=1": "step - 1 - min_version >= 1",
+        "stop=terminated&max_reward=0": "reward <= 0",
+        "text=onerror%3Dalert": "1",
+        "text=no+such+text": "0",
+        "group=train/calc/1": "group_id = 'train/calc/1'",
+    }
+    for query, where in cases.items():
+        wanted = [r["row"] for r in _rows(root, f"SELECT row FROM trajectories WHERE {where} ORDER BY row DESC")]
+        assert [r["row"] for r in ask(f"/api/runs/{RUN}/trajectories?{query}").json()["rows"]] == wanted, query
+
+
+def test_pages_cover_every_row_once(root: Path) -> None:
+    ask, seen, before = _client(root), [], 0
+    while before is not None:
+        answer = ask(f"/api/runs/{RUN}/trajectories", limit=3, before=before).json()
+        seen += [row["row"] for row in answer["rows"]]
+        before = answer["next"]
+    assert seen == [4, 3, 2, 1]
+
+
+def test_hostile_text_comes_as_json_text_and_images_by_their_bytes(root: Path) -> None:
+    ask = _client(root)
+    response = ask(f"/api/runs/{RUN}/trajectory", row=1)
+    episode = response.json()
+    assert response.headers["content-type"] == "application/json"
+    assert "script-src 'self';" in response.headers["content-security-policy"]
+    assert "unsafe-eval" not in response.headers["content-security-policy"]
+    assert episode["turns"][0]["message"]["tool_calls"][0]["arguments"] == {XSS: XSS}
+    assert episode["turns"][0]["reply"][0]["tool_result"]["content"] == XSS
+    assert episode["turns"][0]["versions"] == [0] and episode["turns"][1]["versions"] == [1]
+    assert [sibling["row"] for sibling in episode["siblings"]] == [1, 2]
+    image = ask(f"/api/runs/{RUN}/images/{episode['prompt'][0]['content'][1]['image_sha256']}")
+    assert image.content == PNG
+    assert image.headers["content-type"] == "image/png"  # the environment said text/html
+
+
+def test_tokens_are_the_stored_arrays(root: Path) -> None:
+    answer = _client(root)(f"/api/runs/{RUN}/tokens", row=1, offset=2, limit=2).json()
+    assert answer["id"] == [60, 62] and answer["text"] == ["<", ">"]
+    assert answer["mask"] == [1, 1] and answer["rollout"] == [-1.0, -1.0] and answer["learner"] == [-0.5, -0.5]
+    assert answer["clip_high"] == 0.28 and answer["num_tokens"] == 6
+
+
+def test_every_other_view_answers_from_the_files(root: Path) -> None:
+    ask = _client(root)
+    assert [run["run"] for run in ask("/api/runs").json()["runs"]] == [RUN]
+    facts = ask(f"/api/runs/{RUN}").json()
+    assert facts["last"]["step"] == 3 and facts["trajectories"] == {"committed": 2, "consumed": 2}
+    ledger = ask(f"/api/runs/{RUN}/ledger").json()
+    assert ledger["audit"]["issued"] == 2 and ledger["audit"]["balanced"]
+    assert [row["state"] for row in ledger["rows"]] == ["committed", "consumed"]
+    workers = {w["process"]: w for w in ask(f"/api/runs/{RUN}/workers").json()["workers"]}
+    assert workers["worker-0"]["tokens"] == 12 and workers["worker-0"]["tok_s"] == 12 / 6.0
+    assert workers["worker-0"]["error"] == XSS
+    assert ask(f"/api/runs/{RUN}/config").json()["config"]["learner.clip_low"] == 0.2
+    assert XSS in ask(f"/api/runs/{RUN}/logs", name="worker-0.log").json()["text"]
+    assert ask(f"/api/runs/{RUN}/events").json()["events"][0]["kind"] == "checkpoint"
+    assert ask(f"/api/runs/{RUN}/csv", keys="reward/mean").text.splitlines()[1] == "1.0,2.0,10.0,4.0,0.25"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"host": "evil.example"},
+        {"host": "127.0.0.1.evil.example:8765"},
+        {"host": "localhost@evil.example"},
+        {"host": ""},
+        {"origin": "http://evil.example"},
+        {"origin": "null"},
+        {"origin": "http://localhost:9999"},
+        {"sec-fetch-site": "cross-site"},
+    ],
+)
+def test_another_site_is_refused(root: Path, headers: dict[str, str]) -> None:
+    response = _client(root)("/api/runs", headers=headers)
+    assert response.status_code == 403
+    assert RUN not in response.text
+
+
+def test_only_reading_is_possible(root: Path) -> None:
+    assert {_client(root)("/api/runs", method=m).status_code for m in ("POST", "PUT", "DELETE", "OPTIONS")} == {405}
+
+
+def test_off_loopback_a_token_opens_and_nothing_else(root: Path) -> None:
+    ask = _client(root, Access(hosts=("gpu-box",), token="secret"))
+    assert ask("/api/runs").status_code == 401
+    assert ask("/api/runs", headers={"authorization": "Bearer wrong"}).status_code == 401
+    assert ask("/api/runs", headers={"authorization": "Bearer secret", "host": "gpu-box:1"}).status_code == 200
+    opened = ask("/?token=secret")
+    assert opened.status_code == 303 and "HttpOnly" in opened.headers["set-cookie"]
+    assert ask("/api/runs", headers={"cookie": "shoal_token=secret"}).status_code == 200
+    assert ask("/api/runs", headers={"cookie": "shoal_token=\u00e9".encode()}).status_code == 401  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/api/runs/..",
+        "/api/runs/%2e%2e",
+        "/api/runs/..%2f..%2fetc",
+        "/api/runs/outside",
+        f"/api/runs/{RUN}/logs?name=../run.json",
+        f"/api/runs/{RUN}/logs?name=link.log",
+        f"/api/runs/{RUN}/logs?name=%2Fetc%2Fpasswd",
+        "/static/..%2fserver.py",
+        "/static/%2e%2e%2fserver.py",
+    ],
+)
+def test_no_path_leads_out_of_the_runs(root: Path, path: str) -> None:
+    outside = root.parent / f"{root.name}-outside"
+    outside.mkdir(exist_ok=True)
+    (outside / "run.json").write_text('{"secret": 1}')
+    for link, target in ((root / "outside", outside), (root / RUN / "logs" / "link.log", outside / "run.json")):
+        if not link.is_symlink():
+            link.symlink_to(target)
+    response = _client(root)(path)
+    assert response.status_code in (400, 404)
+    assert "secret" not in response.text and "root:" not in response.text
+
+
+def test_wrong_questions_are_answered_with_what_is_right(root: Path) -> None:
+    ask = _client(root)
+    assert "filters: text, env" in ask(f"/api/runs/{RUN}/trajectories", rewrad=1).json()["error"]
+    assert "from 1 to 200" in ask(f"/api/runs/{RUN}/trajectories", limit=10**6).json()["error"]
+    assert ask(f"/api/runs/{RUN}/trajectory", row=99).status_code == 404
+    assert ask(f"/api/runs/{RUN}/series").status_code == 400
+
+
+def test_a_copied_folder_reads_without_the_right_to_write(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / RUN, tmp_path / RUN, symlinks=True)
+    state = json.loads((tmp_path / RUN / "run.json").read_text())
+    (tmp_path / RUN / "run.json").write_text(json.dumps(state | {"host": "elsewhere", "heartbeat_s": 1.0}))
+    os.chmod(tmp_path / RUN, 0o500)
+    try:
+        ask = _client(tmp_path)
+        assert ask(f"/api/runs/{RUN}").json()["state"]["status"] == "crashed"
+        assert len(ask(f"/api/runs/{RUN}/trajectories").json()["rows"]) == 4
+    finally:
+        os.chmod(tmp_path / RUN, 0o700)
+
+
+def test_broken_files_are_told_and_break_nothing_else(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    (folder / "trajectories.db").write_bytes(b"no database" * 100)
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(
+            b'\xff\xfe\n[1]\n{"kind": "step", "step": 1e999, "x": NaN, "reward/mean": 1e400}\n' + b"[" * 5000 + b"\n"
+        )
+        file.write(b'{"kind": "step", "step": 4, "reward/mean": 0.9')  # still being written
+    ask = _client(tmp_path)
+    assert ask(f"/api/runs/{RUN}/trajectories").status_code == 400
+    assert ask(f"/api/runs/{RUN}/series", keys="reward/mean").json()["series"]["reward/mean"]["n"] == 3
+    (folder / "run.json").write_text("{")
+    assert ask("/api/runs").json()["runs"][0]["fault"]
+    assert ask(f"/api/runs/{RUN}").status_code == 422
+
+
+def test_an_episode_too_large_is_named_and_not_read(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    with sqlite3.connect(folder / "trajectories.db") as db:
+        db.execute("UPDATE trajectories SET turns = '[' || hex(zeroblob(20000000)) || ']' WHERE row = 1")
+    started = time.monotonic()
+    answer = _client(tmp_path)(f"/api/runs/{RUN}/trajectory", row=1)
+    assert answer.json()["too_large"] > 40_000_000 and len(answer.content) < 100_000
+    assert time.monotonic() - started < 5.0
+
+
+def test_a_line_is_read_once_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"a": 1}\n{"a": ')
+    first = read_new_lines(path, Cursor())
+    assert first.rows == ({"a": 1},)
+    with path.open("a") as file:
+        file.write("2}\n")
+    second = read_new_lines(path, Cursor.parse(str(first.cursor)))
+    assert second.rows == ({"a": 2},) and not second.restarted
+    path.with_suffix(".new").write_text('{"a": 9}\n')
+    path.with_suffix(".new").replace(path)  # a resumed run rewrites the file
+    third = read_new_lines(path, second.cursor)
+    assert third.restarted and third.rows == ({"a": 9},)
+
+
+def test_a_line_of_absurd_length_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"b": "' + b"x" * 9_000_000 + b'"}\n{"a": 2}\n')
+    cursor, rows, num_bad = Cursor(), [], 0
+    for _ in range(20):
+        new = read_new_lines(path, cursor)
+        cursor, rows, num_bad = new.cursor, [*rows, *new.rows], num_bad + new.num_bad
+    assert rows == [{"a": 1}, {"a": 2}] and num_bad >= 1
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=300), st.integers(2, 50))
+def test_thinned_series_keep_their_ends_and_extremes_and_their_size(values: list[float], max_points: int) -> None:
+    picks = thin(values, max_points)
+    assert len(picks) <= max(max_points, 4)
+    assert picks == sorted(set(picks)) and picks[0] == 0 and picks[-1] == len(values) - 1
+    assert {min(values), max(values)} <= {values[i] for i in picks}
+
+
+def test_a_stream_goes_on_after_the_last_id_without_repeating_or_losing_a_line(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+
+    def listen(last_id: str, wanted: int) -> tuple[list[dict], str]:
+        async def read() -> tuple[list[dict], str]:
+            rows: list[dict] = []
+            identity = last_id
+            async for text in follow(find_run(tmp_path, RUN), last_id, lambda: len(rows) >= wanted):
+                fields = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
+                if fields.get("event") in ("metrics", "event"):
+                    rows.extend(json.loads(fields["data"])["rows"])
+                    identity = fields["id"]
+            return rows, identity
+
+        return asyncio.run(asyncio.wait_for(read(), 20))
+
+    first, identity = listen("", 6)
+    assert len(first) == 6  # 4 lines of metrics, 2 events
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "step": 4}\n')
+    second, _ = listen(identity, 1)
+    assert second == [{"kind": "step", "step": 4}]
+
+
+def test_a_server_of_its_own_answers_and_ends_at_once_though_a_page_watches(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    server, address = start_server(tmp_path)
+    try:
+        with httpx.stream("GET", f"{address}api/runs/{RUN}/stream", timeout=20) as stream:
+            assert next(stream.iter_lines()) == "retry: 1000"
+            started = time.monotonic()
+            server.terminate()
+            server.wait(20)
+        assert time.monotonic() - started < 8.0
+    finally:
+        server.kill()
+
+
+def test_a_run_outside_the_root_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(NotThere):
+        find_run(tmp_path, "../x")
+
+
+def test_ten_thousand_steps_come_in_bounded_size(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"kind": "step", "step": i, "a": i % 7}) + "\n" for i in range(10_000)))
+    table = MetricTable(path)
+    table.refresh()
+    series = table.series(["a"], 2000)["a"]
+    assert series["n"] == 10_000 and len(series["y"]) <= 2000
