@@ -6,8 +6,9 @@ import re
 import shutil
 import signal
 import sqlite3
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -73,15 +74,7 @@ def test_every_view_shows_what_the_rows_say_and_survives_a_killed_server(page, t
         consumed = db.execute("SELECT COUNT(*) FROM trajectories WHERE status = 'consumed'").fetchone()[0]
         assert page.locator("#view tbody tr").count() == consumed > 0
 
-        row, turns = db.execute("SELECT row, turns FROM trajectories WHERE status = 'consumed' LIMIT 1").fetchone()
-        text = json.loads(turns)[0]["message"]["content"][0]["text"]
-        assert "<script>" in text
-        assert text in visit(f"trajectory/{row}")  # hostile text, as text
-        assert page.locator("#view script, #view img[src=x]").count() == 0
-
-        visit(f"tokens/{row}")
-        num_tokens = db.execute("SELECT num_tokens FROM trajectories WHERE row = ?", (row,)).fetchone()[0]
-        assert page.locator("#view tbody tr").count() == num_tokens
+        _read_one_episode(page, db, visit)
 
         assert "worker-0" in visit("workers")
         visit("ledger")
@@ -96,24 +89,42 @@ def test_every_view_shows_what_the_rows_say_and_survives_a_killed_server(page, t
         assert problems == [] and outside == []
 
         visit("overview")
-        wait_live = "document.getElementById('live').textContent === 'live'"
-        _until(page, wait_live)
-        _append_step(folder, 4, 0.875)
-        _until(page, "document.querySelector(\"[data-metric='reward/mean'] b\").textContent === '0.875'", timeout=2000)
-        server.send_signal(signal.SIGKILL)
-        server.wait(10)
-        _until(page, "document.getElementById('live').textContent === 'reconnecting'")
-        _append_step(folder, 5, 0.75)
-        server, again = start_server(tmp_path, port=int(address.rsplit(":", 1)[1].strip("/")))
-        assert again == address
-        _until(page, "document.querySelector(\"[data-metric='reward/mean'] b\").textContent === '0.75'", timeout=20_000)
-        time.sleep(1.2)  # what came twice would have come by now
-        chart = page.locator("[data-keys^='reward/mean']")
-        assert int(chart.get_attribute("data-points")) == sum("reward/mean" in row for row in metric_rows(folder))
+        server = _watch_a_kill(page, folder, server, address)
     finally:
         server.kill()
         server.wait(10)
         db.close()
+
+
+def _read_one_episode(page, db: sqlite3.Connection, visit: Callable[[str], str]) -> None:
+    """Its hostile text is text, and every token has a line."""
+    row, turns = db.execute("SELECT row, turns FROM trajectories WHERE status = 'consumed' LIMIT 1").fetchone()
+    text = json.loads(turns)[0]["message"]["content"][0]["text"]
+    assert "<script>" in text
+    assert text in visit(f"trajectory/{row}")  # hostile text, as text
+    assert page.locator("#view script, #view img[src=x]").count() == 0
+
+    visit(f"tokens/{row}")
+    num_tokens = db.execute("SELECT num_tokens FROM trajectories WHERE row = ?", (row,)).fetchone()[0]
+    assert page.locator("#view tbody tr").count() == num_tokens
+
+
+def _watch_a_kill(page, folder: Path, server: subprocess.Popen, address: str) -> subprocess.Popen:
+    """A step is shown within 2 s; the server is killed and started anew; no line comes twice. Returns the new server."""
+    _until(page, "document.getElementById('live').textContent === 'live'")
+    _append_step(folder, 4, 0.875)
+    _until(page, "document.querySelector(\"[data-metric='reward/mean'] b\").textContent === '0.875'", timeout=2000)
+    server.send_signal(signal.SIGKILL)
+    server.wait(10)
+    _until(page, "document.getElementById('live').textContent === 'reconnecting'")
+    _append_step(folder, 5, 0.75)
+    server, again = start_server(folder.parent, port=int(address.rsplit(":", 1)[1].strip("/")))
+    assert again == address
+    _until(page, "document.querySelector(\"[data-metric='reward/mean'] b\").textContent === '0.75'", timeout=20_000)
+    time.sleep(1.2)  # what came twice would have come by now
+    chart = page.locator("[data-keys^='reward/mean']")
+    assert int(chart.get_attribute("data-points")) == sum("reward/mean" in row for row in metric_rows(folder))
+    return server
 
 
 def _until(page, condition: str, timeout: float = 30_000) -> None:
