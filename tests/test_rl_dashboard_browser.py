@@ -110,7 +110,7 @@ def _read_one_episode(page, db: sqlite3.Connection, visit: Callable[[str], str])
 
 
 def _watch_a_kill(page, folder: Path, server: subprocess.Popen, address: str) -> subprocess.Popen:
-    """A step is shown within 2 s; the server is killed and started anew; no line comes twice. Returns the new server."""
+    """A step is shown within 2 s; the server is killed and started anew; no line comes twice. Returns the new one."""
     _until(page, "document.getElementById('live').textContent === 'live'")
     _append_step(folder, 4, 0.875)
     _until(page, "document.querySelector(\"[data-metric='reward/mean'] b\").textContent === '0.875'", timeout=2000)
