@@ -345,7 +345,7 @@ class Controller:
             "faults/dropped_groups": counters.dropped,
             "workers/healthy": self.fleet.num_healthy,
             "curriculum/gated_groups": counters.gated,
-            **({"time/rollout_idle_ratio": max(1.0 - busy_s / max(step_s, 1e-9), 0.0)} if busy_s else {}),
+            "time/rollout_idle_ratio": max(1.0 - busy_s / max(step_s, 1e-9), 0.0) if busy_s else None,
             **self._source.curriculum.metrics(),
             **self._selection_bias(trajectories),
         }
