@@ -87,7 +87,10 @@ async def attack(kind: str, folder: Path) -> dict[str, object]:
         done = await sandbox.run(source, limits=LIMITS, collect=True)
         harmed = victim.read_text() != "precious" or victim.stat().st_mode != before.st_mode
         results[name] = done.value is True or harmed or f"{done.exit}: {done.text[-80:]}"
-    await asyncio.sleep(0.5)
+    for _ in range(20 if kind == "none" else 1):  # an orphan that may live is waited for on a busy machine
+        await asyncio.sleep(0.5)
+        if (outside / "orphan").exists():
+            break
     results["leave an orphan"] = (outside / "orphan").exists()
     sandbox.close()
     return results

@@ -52,7 +52,7 @@ def test_an_episode_by_hand_gives_new_messages_only_and_the_sum_of_the_parts() -
     replies, reward, terminated, truncated, info = env.step(replies[0].text)
     assert (replies, reward, terminated, truncated) == ((), 0.75, True, False)
     assert info["reward_parts"] == {"answer": 1.0, "style": -0.25}
-    counts = {"num_tool_calls": 1, "num_tool_errors": 0, "tool_cost": 1.0, "tool_calls": {"add": 1}}
+    counts = {"num_tools": 6, "num_tool_calls": 1, "num_tool_errors": 0, "tool_cost": 1.0, "tool_calls": {"add": 1}}
     assert info["meta"] == {"level": 1, **counts}
     with pytest.raises(RuntimeError, match="call reset"):
         env.step("again")
