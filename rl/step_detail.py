@@ -40,12 +40,17 @@ def step_detail(
 
 
 def _histogram(values: np.ndarray) -> dict[str, list[float]]:
-    """Bins of whole numbers are one wide as far as they are few."""
+    """Bins of whole numbers are one wide as far as they are few; numbers that hardly differ share one bin."""
     if values.dtype.kind == "i" and values.max() - values.min() < NUM_BINS:
         edges = np.arange(values.min(), values.max() + 2) - 0.5
         counts, edges = np.histogram(values, bins=edges)
     else:
-        counts, edges = np.histogram(values[np.isfinite(values)], bins=NUM_BINS)
+        finite = values[np.isfinite(values)].astype(np.float64)
+        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+        least = 1e-6 * max(1.0, abs(low), abs(high))  # numpy refuses bins that rounding would make empty
+        alike = high - low < least
+        span = (low - least, high + least) if alike else (low, high)
+        counts, edges = np.histogram(finite, bins=1 if alike else NUM_BINS, range=span)
     return {"counts": counts.tolist(), "edges": edges.tolist()}
 
 

@@ -21,7 +21,7 @@ from rl.step_detail import step_detail
 from rl.tensorboard_export import export_tensorboard
 from rl.wandb_sink import OVERVIEW, RENAMED, wandb_id
 from rollout.trajectory import TrajectoryGroup
-from tests.trajectories import make_group, make_trajectory
+from tests.trajectories import make_group, make_trajectory, random_trajectory
 
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = {"reward/mean": 0.25, "loss/policy": float("nan"), "off_policy/lag/max": 2, "time/step": 1.5}
@@ -204,3 +204,24 @@ def test_a_port_that_is_taken_is_the_tracker_s_problem_and_not_the_run_s(tmp_pat
     taken.finish()
     (event,) = read_json_lines(tmp_path / "events.jsonl")
     assert (event["kind"], event["name"]) == ("tracker", "prometheus") and "in use" in event["problem"]
+
+
+@pytest.mark.parametrize(
+    ("off", "num_bins"), [(0.0, 1), (1e-9, 1), (1e-2, 32)], ids=["equal", "equal but for rounding", "different"]
+)
+def test_ratios_that_hardly_differ_make_one_bin_and_never_end_a_run(off: float, num_bins: int) -> None:
+    rng = np.random.default_rng(0)
+    group = make_group([random_trajectory(rng, 1.0) for _ in range(4)])
+    rows = [
+        RowReport(
+            trajectory_id=t.trajectory_id,
+            advantage=0.5,
+            learner_logprobs=(t.rollout_logprobs + off * np.arange(len(t.token_ids))).astype(np.float32),
+            status="trained",
+            cause="",
+        )
+        for t in group.trajectories
+    ]
+    ratio = step_detail([group], rows, learner_version=0, with_samples=False)["histograms"]["hist/ratio"]
+    assert (len(ratio["counts"]), len(ratio["edges"])) == (num_bins, num_bins + 1)
+    assert sum(ratio["counts"]) == sum(int((t.loss_mask == 1).sum()) for t in group.trajectories)
