@@ -51,7 +51,12 @@ def attack(python: list[str], kind: str) -> dict[str, object]:
 def test_every_attack_succeeds_without_isolation() -> None:
     """Or the tests below would pass for nothing. As nobody where we are root: some are at home only there."""
     python = python_of_nobody() if os.getuid() == 0 else [sys.executable]
-    failed = {name: how for name, how in attack(python, "none").items() if how is not True}
+    failed: dict[str, object] = dict.fromkeys(ATTACKS, "not tried")
+    for _ in range(3):  # an attack that got through once gets through: a busy machine cuts some short
+        results = attack(python, "none")
+        failed = {name: results[name] for name in failed if results[name] is not True}
+        if not failed:
+            break
     if "Function not implemented" in str(failed.pop("io_uring", "")):  # some kernels have none
         failed.pop("io_uring", None)
     assert failed == {}
