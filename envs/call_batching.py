@@ -242,7 +242,11 @@ class MailboxServer:
     async def _run(self, client_id: str, client: _Client, request: Request) -> None:
         while client.num_bytes > self._max_answer_bytes:  # ends with the client's next poll, or with the client
             client.fetched.clear()
-            await client.fetched.wait()
+            try:
+                async with asyncio.timeout(self._client_timeout_s):
+                    await client.fetched.wait()
+            except TimeoutError:
+                return  # a client that fetched nothing for so long is gone
         if self._clients.get(client_id) is not client:
             return  # gone meanwhile: nobody would close what this opens
         value = await self._handle(client_id, request.operation, request.arguments)

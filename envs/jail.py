@@ -269,7 +269,7 @@ class ZygotePool:
                 logger.warning("sandbox: %s (attempt %d)", fault, attempt)
                 if attempt == 2:
                     raise
-            except BaseException:
+            except BaseException:  # cancelled too: a zygote in the middle of a run is of no use to the next
                 self._drop(zygote)
                 raise
         raise AssertionError("unreachable")

@@ -314,7 +314,7 @@ def run_source(source: str, nonce: str) -> NoReturn:
     except MemoryError:
         status = MEMORY_EXIT
         print("MemoryError", file=sys.stderr)
-    except BaseException as error:
+    except BaseException as error:  # untrusted code: whatever it raised is the run's result
         status = 1
         print_traceback(error)
     with contextlib.suppress(BaseException):

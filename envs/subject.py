@@ -237,7 +237,7 @@ class Subject:
         thread = WorkerThread()
         try:
             env = await thread.run(construct, self.env_id, self.owner, self.kwargs)
-        except BaseException:
+        except BaseException:  # cancelled too: nobody else would end its thread
             thread.stop()
             raise
         env.adopt_thread(thread)

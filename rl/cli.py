@@ -49,7 +49,7 @@ def _guarded(words: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("shoal: interrupted", file=sys.stderr)
         return 130
-    except Exception as error:
+    except Exception as error:  # the last resort of every command: told in words where the user can mend it
         code = _told(error)
         if code is None:
             traceback.print_exc()

@@ -234,7 +234,7 @@ class RayCluster:
             await answer(learner.ready.remote(), who="the learner", deadline_s=deadline_s)
             for i, actor in enumerate(actors):
                 await answer(actor.status.remote(), who=f"worker-{i}", deadline_s=deadline_s)
-        except BaseException as error:
+        except BaseException as error:  # interrupted too: no actor may stay behind
             await self.close()
             if isinstance(error, RuntimeError):
                 raise ClusterError(f"the run could not start: {error}") from error

@@ -124,7 +124,7 @@ class RunFolder:
             folder.begin(clock=clock)
             fill(folder)
             _link(Path(root) / LATEST, name)
-        except BaseException as error:
+        except BaseException as error:  # interrupted too: nothing half written stays
             shutil.rmtree(folder.path, ignore_errors=True)
             if isinstance(error, OSError):
                 raise _explain(folder.path, error) from error
@@ -284,7 +284,7 @@ def write_atomic(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())  # else a power cut after the rename may leave an empty file
         partial.replace(path)
-    except BaseException:
+    except BaseException:  # interrupted too
         partial.unlink(missing_ok=True)
         raise
 

@@ -99,7 +99,7 @@ def _run(config: TrainConfig, folder: RunFolder, checkpoint: Checkpoint | None, 
             outcome = RunStatus.INTERRUPTED
         folder.finish(outcome)
         monitor.close()
-    except Exception as error:
+    except Exception as error:  # whatever ended the run is noted in its folder, then raised
         _note_failure(folder, monitor, error)
         raise RunFailed(
             f"run {folder.path} failed: {type(error).__name__}: {error} (more in {folder.logs / DRIVER_LOG})"

@@ -298,7 +298,7 @@ class _Episode:
         for name, call in (("environment", self.host.close), ("session", self.engine.close_session)):
             try:
                 await _within(CLOSE_TIMEOUT_S, name, call(self.key))
-            except Exception:
+            except Exception:  # episode capture: the record is complete, closing must not undo it
                 log.warning("could not close the %s of episode %s", name, self.key, exc_info=True)
 
     def trajectory(self, *, group_id: str, member: int, attempt: int, worker: str) -> Trajectory:

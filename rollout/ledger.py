@@ -108,7 +108,7 @@ class Ledger:
             yield
             assert self._issued == sum(self._counts.values()), f"{self._issued} issued, but {dict(self._counts)}"
             self._execute("RELEASE change")
-        except BaseException:
+        except BaseException:  # interrupted too: undone as a whole, then raised
             if self._db.in_transaction:  # SQLite has rolled back itself where the disk is full
                 self._db.execute("ROLLBACK TO change")
                 self._db.execute("RELEASE change")

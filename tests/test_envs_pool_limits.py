@@ -124,6 +124,29 @@ def test_answers_that_nobody_fetches_hold_up_their_own_client_only() -> None:
     assert asyncio.run(play()) == (1, 3, 2)
 
 
+def test_a_request_held_up_by_a_client_that_is_gone_is_not_run_any_more() -> None:
+    handled: list[str] = []
+
+    async def handle(client_id: str, operation: str, arguments: tuple[Any, ...]) -> str:
+        handled.append(operation)
+        return "x" * 100
+
+    async def gone(client_id: str) -> None:
+        return None
+
+    async def play() -> None:
+        server = MailboxServer(handle, on_client_gone=gone, size_of=len, max_answer_bytes=50, client_timeout_s=0.05)
+        for i, operation in enumerate(("first", "second")):
+            await server.submit("lazy", [Request(request_id=i, operation=operation, arguments=())])
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.2)
+        assert len((await server.collect("lazy", 0.05)).replies) == 1
+        await asyncio.sleep(0.01)
+
+    asyncio.run(play())
+    assert handled == ["first"]
+
+
 def test_a_blocked_tool_runs_on_its_thread_and_the_loop_stays_in_time() -> None:
     async def play() -> float:
         meter = LagMeter()

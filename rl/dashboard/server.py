@@ -215,7 +215,7 @@ def _answer_of_run(
 def _json(ask: Callable[[], Any]) -> Response:
     try:
         body = json.dumps(plain(ask()), separators=(",", ":"), allow_nan=False)  # ASCII: texts may hold lone surrogates
-    except Exception as error:
+    except Exception as error:  # files of a run are of foreign making; `_failure` raises what is our own fault
         return _failure(error)
     if len(body) > MAX_ANSWER_BYTES:
         return _error(413, f"the answer has {len(body)} bytes, more than {MAX_ANSWER_BYTES}: ask for less")
