@@ -4,6 +4,8 @@ import pytest
 
 from benchmarks.adapters import listed, measure
 
+pytestmark = pytest.mark.slow
+
 SUBSET = ["TicTacToe-v0", "ConnectFour-v0", "GuessTheNumber-v0", "IteratedPrisonersDilemma-v0", "Chess-v0"]
 
 

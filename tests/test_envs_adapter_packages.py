@@ -19,6 +19,8 @@ from envs.errors import MalformedEnvironment
 from envs.message import ImagePart
 from envs.registry import make_env
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 Taxi = from_gymnasium("Taxi-v4")
 

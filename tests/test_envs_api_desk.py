@@ -48,6 +48,7 @@ def test_the_oracle_scores_one_at_every_level(env: ApiDesk) -> None:
     assert len(env.tool_specs()) == 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [0, 3, 9])
 def test_transcripts_over_http_equal_those_in_process(env: ApiDesk, level: int) -> None:
     served = make_env("ApiDesk-v0", http=True)
@@ -133,6 +134,7 @@ def test_cheaters_score_nothing(env: ApiDesk, level: int) -> None:
         assert env.step(say(opening[0].text))[1] == 0.0
 
 
+@pytest.mark.slow
 def test_noisy_demonstrations_are_right_in_two_fifths_and_short(env: ApiDesk) -> None:
     rng = random.Random(7)
     demonstrations = [demonstrate(env, seed, 0, rng) for seed in range(1000)]

@@ -109,6 +109,7 @@ def test_refused_writes_say_why_and_change_nothing(arguments: dict, text: str) -
     assert (replies[0].text, env.books.digest()) == (text, before)
 
 
+@pytest.mark.slow
 def test_noisy_demonstrations_are_right_in_four_of_ten_and_wrong_in_four_ways() -> None:
     def kind(d: Demonstration, right: Demonstration) -> str:
         calls = [(c.name, tuple(c.arguments.values())) for m in d.messages for c in m.tool_calls]

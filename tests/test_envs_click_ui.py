@@ -25,6 +25,7 @@ def seed_with(kind: str, level: int) -> int:
     return next(s for s in range(500) if started(s, level).widgets[next(iter(started(s, level).changes))].kind == kind)
 
 
+@pytest.mark.slow
 def test_the_oracle_scores_one_at_every_level_within_the_turns() -> None:
     env = make_env("ClickUI-v0")
     for level in range(10):
@@ -34,12 +35,14 @@ def test_the_oracle_scores_one_at_every_level_within_the_turns() -> None:
         assert all(len(m.content) == 2 for d in played for m in d.messages if m.role == "tool")
 
 
+@pytest.mark.slow
 def test_noisy_demonstrations_are_right_in_six_of_ten() -> None:
     env, rng = make_env("ClickUI-v0"), random.Random(8)
     rewards = [demonstrate(env, seed, level, rng).reward for seed in range(150) for level in (0, 5)]
     assert 0.5 < sum(rewards) / len(rewards) < 0.7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [0, 5, 9])
 def test_clicking_everywhere_does_not_pay(level: int) -> None:
     def everywhere(rng: random.Random, *, orderly: bool) -> Iterator[Message]:

@@ -11,7 +11,10 @@ from envs.demonstration import demonstrate
 from envs.library.data_lab import LIMITS, MAX_FILES, STATISTICS, DataLab, statistic
 from envs.registry import make_env
 
-pytestmark = pytest.mark.skipif(bool(confinement.missing_features()), reason="this kernel cannot confine")
+pytestmark = [
+    pytest.mark.skipif(bool(confinement.missing_features()), reason="this kernel cannot confine"),
+    pytest.mark.slow,
+]
 
 
 @pytest.fixture(scope="module")

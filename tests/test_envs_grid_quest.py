@@ -39,6 +39,7 @@ def test_horizons_grow_from_a_handful_to_hundreds_of_calls(env: GridQuest) -> No
     assert all(later >= earlier for earlier, later in zip(medians, medians[2:], strict=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [0, 1, 5, 9])
 def test_locks_hold_without_their_key(env: GridQuest, level: int) -> None:
     for seed in range(20):
@@ -50,6 +51,7 @@ def test_locks_hold_without_their_key(env: GridQuest, level: int) -> None:
         assert env.reward("done") == {"out": 0.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [0, 5, 9])
 def test_cheaters_score_nothing(env: GridQuest, level: int) -> None:
     rewards = []
@@ -81,6 +83,7 @@ def test_mistakes_are_short_observations(env: GridQuest) -> None:
     assert env.step(call("go", way="n"))[0][0].text == "error: wall"
 
 
+@pytest.mark.slow
 def test_noisy_demonstrations_are_right_in_two_fifths_and_short(env: GridQuest) -> None:
     rng = random.Random(7)
     demonstrations = [demonstrate(env, seed, 0, rng) for seed in range(1000)]

@@ -108,6 +108,7 @@ def lines_of(level: int) -> list[list[Line]]:
     return scripts
 
 
+@pytest.mark.slow
 def test_users_correct_themselves_more_deeply_as_levels_rise() -> None:
     def share(level: int, words: str) -> float:
         return sum(any(words in line.text for line in script) for script in lines_of(level)) / 200

@@ -30,6 +30,8 @@ from envs.task import Task
 from tests.mcp_envs import COMMAND, CopyNote, CopyNoteOverStdio
 from tests.mcp_notes import PNG, make_server
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 SERVE_CALCULATOR = "from envs.adapters.mcp_server import serve_mcp; serve_mcp('Calculator-v0', transport={!r})"
 

@@ -11,7 +11,10 @@ from envs.library.py_code import PyCode, compose, results
 from envs.message import Message, ToolCall
 from envs.registry import make_env
 
-pytestmark = pytest.mark.skipif(bool(confinement.missing_features()), reason="this kernel cannot confine")
+pytestmark = [
+    pytest.mark.skipif(bool(confinement.missing_features()), reason="this kernel cannot confine"),
+    pytest.mark.slow,
+]
 
 
 @pytest.fixture(scope="module")

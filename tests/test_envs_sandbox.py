@@ -36,7 +36,10 @@ from envs.tool import tool
 from envs.worker_thread import run_sync
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(bool(confinement.missing_features()), reason="this kernel cannot confine")
+pytestmark = [
+    pytest.mark.skipif(bool(confinement.missing_features()), reason="this kernel cannot confine"),
+    pytest.mark.slow,
+]
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ import pytest
 from envs.sandbox import SandboxUnavailable, open_sandbox
 from tests.sandbox_attacks import ATTACKS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all"]
 

@@ -34,6 +34,7 @@ def test_levels_add_hops_and_pages(env: WorldSearch) -> None:
     assert pages == sorted(set(pages))
 
 
+@pytest.mark.slow
 def test_noisy_demonstrations_are_right_in_two_fifths_and_short(env: WorldSearch) -> None:
     rng = random.Random(7)
     demonstrations = [demonstrate(env, seed, 0, rng) for seed in range(1000)]
@@ -91,6 +92,7 @@ def test_hostile_queries_are_answered_or_refused(env: WorldSearch) -> None:
         assert replies[0].text == "error: no such page"
 
 
+@pytest.mark.slow
 def test_level_zero_has_room_for_a_disjoint_held_out_set(env: WorldSearch) -> None:
     assert len({env.reset(seed=seed)[1]["problem_digest"] for seed in range(1000)}) == 1000
 

@@ -36,6 +36,7 @@ def test_it_has_at_most_20_lines() -> None:
     assert len([line for line in source().splitlines() if line.strip()]) <= 20
 
 
+@pytest.mark.slow
 def test_it_passes_the_check(tmp_path: Path) -> None:
     (tmp_path / "my_shop.py").write_text(source())
     out = shoal(tmp_path, "env", "check", "my_shop:Warehouse", "--levels", "0,9", "--seeds", "10", "--json")

@@ -157,6 +157,7 @@ def test_a_side_that_never_arrives_cannot_win() -> None:
 # --- resume
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_a_curriculum_catches_up_with_the_ledger_from_any_older_state(tmp_path: Path, seed: int) -> None:
     """A run of 60 random events is killed; its checkpoint is of event number 0, 7, 31 or 60."""
@@ -202,6 +203,7 @@ def test_a_curriculum_catches_up_with_the_ledger_from_any_older_state(tmp_path: 
     asyncio.run(play())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["levels", "pool"])
 def test_a_finished_run_is_resumed_for_more_steps_where_its_curriculum_stood(
     tmp_path: Path, sampler: str, capsys: pytest.CaptureFixture[str]

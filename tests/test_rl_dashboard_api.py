@@ -270,6 +270,7 @@ def test_thinned_series_keep_their_ends_and_extremes_and_their_size(values: list
     assert {min(values), max(values)} <= {values[i] for i in picks}
 
 
+@pytest.mark.slow
 def test_a_stream_goes_on_after_the_last_id_without_repeating_or_losing_a_line(tmp_path: Path) -> None:
     folder = make_run(tmp_path)
 

@@ -114,6 +114,7 @@ def test_a_tool_is_listed_with_types_and_defaults():
 # --- new and the plugin
 
 
+@pytest.mark.slow
 def test_a_new_environment_checks_green_by_its_own_test(capsys, tmp_path):
     code, out, _ = run(capsys, "new", "my_shop", "--path", str(tmp_path))
     assert code == 0 and "shoal env check my_shop:MyShop" in out and "shoal train env=my_shop:MyShop" in out

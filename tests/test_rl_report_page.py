@@ -13,6 +13,8 @@ from rl.progress import visible
 from rl.report_page import page
 from rl.run_folder import RunFolder
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = (
     "<script>alert(1)</script>",
     "</pre><img src=x onerror=alert(1)>",

@@ -26,6 +26,7 @@ def add(path: Path, **row: Any) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+@pytest.mark.slow
 def test_what_is_on_the_screen_is_what_was_stored_and_it_follows(folder):
     rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     last = [row for row in rows if row["kind"] == "step"][-1]
