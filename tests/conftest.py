@@ -1,9 +1,23 @@
 """What every test runs under."""
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+
+REQUIRED = "SHOAL_REQUIRE"
+"""Variable with markers, separated by commas: a skipped test that carries one of them has failed. CI sets it."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    wanted = [name for name in os.environ.get(REQUIRED, "").split(",") if name and item.get_closest_marker(name)]
+    if report.skipped and wanted:
+        reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome, report.longrepr = "failed", f"skipped, but {REQUIRED} names {', '.join(wanted)}: {reason}"
+    return report
 
 
 def pytest_configure() -> None:
