@@ -79,8 +79,9 @@ def list_rows(db: sqlite3.Connection, filters: Mapping[str, str], *, before: int
     for name, value in filters.items():
         if name == "text":
             needle = json.dumps(value)[1:-1]  # texts are stored as ASCII JSON
-            conditions.append("(instr(prompt, ?) OR instr(turns, ?) OR instr(id, ?))")
-            values += [needle, needle, value]
+            db.create_function("is_shown", 1, lambda row: _episode_bytes(db, row) <= MAX_EPISODE_BYTES)
+            conditions.append("(instr(id, ?) OR is_shown(row) AND (instr(prompt, ?) OR instr(turns, ?)))")
+            values += [value, needle, needle]
         elif name in FILTERS:
             conditions.append(FILTERS[name])
             values.append(value)
@@ -104,11 +105,9 @@ def list_rows(db: sqlite3.Connection, filters: Mapping[str, str], *, before: int
 def facets(db: sqlite3.Connection) -> dict[str, list[Any]]:
     """Values to filter by, of the newest rows."""
     names = {"env": "env_name", "level": "level", "status": "status", "stop": "stop_reason", "cause": "cause"}
-    newest = f"(SELECT * FROM trajectories ORDER BY row DESC LIMIT {RECENT})"
-    return {
-        name: [row[0] for row in db.execute(f"SELECT DISTINCT {column} FROM {newest} ORDER BY 1 LIMIT 100")]
-        for name, column in names.items()
-    }
+    newest = db.execute(f"SELECT {', '.join(names.values())} FROM trajectories ORDER BY row DESC LIMIT {RECENT}")
+    columns = list(zip(*newest, strict=True)) or [()] * len(names)
+    return {name: sorted(set(values))[:100] for name, values in zip(names, columns, strict=True)}
 
 
 def counts(db: sqlite3.Connection) -> dict[str, int]:
@@ -128,7 +127,7 @@ def read_row(db: sqlite3.Connection, row: int) -> dict[str, Any]:
         (episode["group_id"], episode["group_attempt"], episode["eval_step"]),
     )
     episode["siblings"] = [_summary(sibling) for sibling in siblings]
-    size = db.execute("SELECT length(prompt) + length(turns) FROM trajectories WHERE row = ?", (row,)).fetchone()[0]
+    size = _episode_bytes(db, row)
     if size > MAX_EPISODE_BYTES:
         return episode | {"too_large": size, "prompt": [], "turns": []}
     prompt, turns = db.execute("SELECT prompt, turns FROM trajectories WHERE row = ?", (row,)).fetchone()
@@ -181,7 +180,8 @@ def worker_rows(db: sqlite3.Connection) -> list[dict[str, Any]]:
         "SELECT worker, COUNT(*) AS episodes, SUM(num_sampled_tokens) AS tokens, MAX(max_version) AS version, "
         "SUM(num_sampled_tokens) / MAX(SUM(MAX(seconds - COALESCE(env_seconds, 0), 0)), 1e-9) AS tok_s, "
         "SUM(error IS NOT NULL) AS errors, SUM(COALESCE(env_seconds, 0)) AS env_s "
-        f"FROM (SELECT * FROM trajectories ORDER BY row DESC LIMIT {RECENT}) GROUP BY worker ORDER BY worker LIMIT 500"
+        "FROM (SELECT worker, num_sampled_tokens, max_version, seconds, env_seconds, error FROM trajectories "
+        f"ORDER BY row DESC LIMIT {RECENT}) GROUP BY worker ORDER BY worker LIMIT 500"
     )
     return [dict(row) for row in db.execute(sql)]
 
@@ -226,6 +226,15 @@ def _summary(row: sqlite3.Row) -> dict[str, Any]:
     step, version = row["step"], row["min_version"]
     values["staleness"] = None if step is None or version < 0 else step - 1 - version
     return values
+
+
+def _episode_bytes(db: sqlite3.Connection, row: int) -> int:
+    """Of the stored conversation, without reading it, as SQL's length() would."""
+    total = 0
+    for column in ("prompt", "turns"):
+        with db.blobopen("trajectories", column, row, readonly=True) as text:
+            total += len(text)
+    return total
 
 
 def _array(db: sqlite3.Connection, row: int, column: str, dtype: str, start: int = 0, count: int = 2**40) -> np.ndarray:

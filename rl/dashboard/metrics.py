@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 MAX_LINE_BYTES = 4 * 2**20
 """A longer line is passed over and counted."""
 CHUNK_BYTES = 2**20
@@ -98,9 +100,12 @@ def _stat(file: Any) -> Cursor:
     return Cursor(inode=stat.st_ino, offset=stat.st_size)
 
 
+_decode = json.JSONDecoder(parse_constant=lambda _: None).decode
+
+
 def _row(line: bytes) -> dict[str, Any] | None:
     try:
-        row = json.loads(line, parse_constant=lambda _: None)
+        row = _decode(line.decode())
     except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
@@ -172,32 +177,40 @@ class MetricTable:
         self.num_bad = 0
         self._last: dict[str, Any] = {}
         self._columns: dict[str, tuple[array, array]] = {}
+        self._counted: list[str] = []  # names that count trajectories
         self._axes = {axis: array("d") for axis in AXES}
 
     def _add(self, row: dict[str, Any]) -> None:
         number = len(self._axes["step"])
-        kind = row.get("kind")
+        is_step = row.get("kind") == "step"
+        if is_step:
+            self._last = row
+        columns, isfinite = self._columns, math.isfinite
+        for key, value in row.items():  # a million times at the start of a large run's page
+            column = columns.get(key) or self._new_column(key, value)
+            if type(value) is not float or not isfinite(value):
+                number_or_none = _number(value)
+                if number_or_none is None and value is not None:
+                    continue
+                value = math.nan if number_or_none is None else number_or_none
+            if column is not None:
+                column[0].append(number)
+                column[1].append(value)
         for axis in ("step", "time_s"):
             self._axes[axis].append(_number(row.get(axis)) or 0.0)
-        fresh = {"tokens": 0.0, "trajectories": 0.0}
-        if kind == "step":
-            self._last = row
-            fresh["tokens"] = _number(row.get("trainer/tokens")) or 0.0
-            counts = [_number(value) or 0.0 for key, value in row.items() if key.startswith("rows/")]
-            fresh["trajectories"] = sum(counts)
-        for axis, gained in fresh.items():
-            self._axes[axis].append((self._axes[axis][-1] if number else 0.0) + gained)
-        for key, value in row.items():
-            if key in ("kind", "step", "time_s"):
-                continue
-            number_or_none = _number(value)
-            if number_or_none is None and value is not None:
-                continue
-            if key not in self._columns and len(self._columns) >= MAX_KEYS:
-                continue
-            rows, values = self._columns.setdefault(key, (array("q"), array("d")))
-            rows.append(number)
-            values.append(math.nan if number_or_none is None else number_or_none)
+        num_trajectories = sum(_number(row.get(key)) or 0.0 for key in self._counted)
+        gained = {"tokens": _number(row.get("trainer/tokens")) or 0.0, "trajectories": num_trajectories}
+        for axis, count in gained.items():
+            self._axes[axis].append((self._axes[axis][-1] if number else 0.0) + (count if is_step else 0.0))
+
+    def _new_column(self, key: str, value: Any) -> tuple[array, array] | None:
+        """None for what is no series, or one name too many."""
+        no_number = value is not None and _number(value) is None
+        if key in ("kind", "step", "time_s") or no_number or len(self._columns) >= MAX_KEYS:
+            return None
+        if key.startswith("rows/"):
+            self._counted.append(key)
+        return self._columns.setdefault(key, (array("q"), array("d")))
 
 
 class MetricTables:
@@ -226,14 +239,16 @@ def thin(values: Sequence[float], max_points: int) -> list[int]:
     """
     if len(values) <= max_points:
         return list(range(len(values)))
+    column = np.array(values, dtype=float)
+    # a value that is not finite compares with nothing: it goes last either way
+    low, high = np.where(np.isnan(column), np.inf, column), np.where(np.isnan(column), -np.inf, column)
     stretches = max(1, (max_points - 2) // 2)
     picks = {0, len(values) - 1}
     for stretch in range(stretches):
         start = stretch * len(values) // stretches
         end = (stretch + 1) * len(values) // stretches
-        # a value that is not finite compares with nothing: it goes last either way
-        picks.add(min(range(start, end), key=lambda i: values[i] if not math.isnan(values[i]) else math.inf))
-        picks.add(max(range(start, end), key=lambda i: values[i] if not math.isnan(values[i]) else -math.inf))
+        picks.add(start + int(low[start:end].argmin()))
+        picks.add(start + int(high[start:end].argmax()))
     return sorted(picks)
 
 

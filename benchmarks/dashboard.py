@@ -1,0 +1,319 @@
+"""The dashboard on a run far larger than usual, by a real browser; and what it costs a run to be watched.
+
+    python benchmarks/dashboard.py [--pairs 4] [--json]
+
+Scale: a run folder of 25,000 steps with 40 metrics, 100,000 trajectories and one more of 200 MB, written by the code
+that writes real ones. A fresh server and a fresh browser open its overview (cold), then every view that the page's own
+navigation offers, a search that finds nothing, and the large trajectory. A view's time is from the click to its last
+chart or row. Server memory is its highest resident size.
+
+Cost: pairs of the same short training, one of them watched by one page, in alternating order. `server_cpu_share` is the
+server's CPU seconds over the run's; `slowdown` is watched over unwatched time, with a 95% t interval over the pairs.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.machine import describe_machine
+
+FOLDER = Path(__file__).resolve().parent
+RUN = "large-run"
+STEPS, TRAJECTORIES, GROUP_SIZE, LARGE_BYTES = 25_000, 100_000, 8, 200 * 10**6
+METRICS = (
+    *("reward/mean", "reward/bench", "group/frac_mixed", "group/frac_all_good", "group/frac_all_bad"),
+    *("off_policy/lag/mean", "off_policy/lag/max", "policy/mismatch_kl/mean", "policy/mismatch_kl/max"),
+    *("policy/ess_ratio", "policy/importance_ratio/mean", "policy/importance_ratio/max", "loss/policy"),
+    *("policy/entropy", "optim/grad_norm", "policy/clip_fraction", "policy/kl", "optim/lr", "advantage/std"),
+    *("trainer/tok_s", "trainer/tokens", "rollout/episodes_s", "rollout/busy_s", "time/trainer_idle_ratio"),
+    *("time/step", "time/wait_for_batch", "time/forward_backward", "time/sync", "time/checkpoint", "time/other"),
+    *("queue/ready_groups", "queue/in_flight", "queue/oldest_age_s", "episode/turns/mean", "episode/tokens/mean"),
+    *("tool/calls_mean", "tool/error_ratio", "stop/terminated", "env/error_ratio", "workers/healthy"),
+)
+TRAIN = (
+    *("train", "env=calculator", "steps=16", "cluster=inprocess", "evaluation.every=0", "evaluation.final_tasks=4"),
+    *("monitor.wandb=disabled", "monitor.progress=false", "policy.init=random", "learner.self_check_tolerance=1e9"),
+)
+T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""Two-sided 95% quantile of Student's t by degrees of freedom."""
+
+
+# --- a large run ------------------------------------------------------------------------------------------------------
+
+
+def make_large_run(root: Path) -> None:
+    """A finished run named RUN under `root`, in the layout of today."""
+    from rl.run_folder import RunFolder
+
+    folder = RunFolder.create(root, "bench", "tiny", name=RUN)
+    folder.write_config("seed: 1\nsteps: 25000\npolicy:\n  dialect: tiny\nrollout:\n  max_staleness: 2\n")
+    rng = np.random.default_rng(0)
+    with folder.metrics.open("w") as file:
+        for step, values in enumerate(rng.random((STEPS, len(METRICS))).round(6).tolist(), start=1):
+            row = {"kind": "step", "step": step, "policy_version": step, "time_s": step * 2.0}
+            file.write(json.dumps(row | dict(zip(METRICS, values, strict=True))) + "\n")
+    with folder.events.open("w") as file:
+        for n in range(5_000):
+            file.write(json.dumps({"kind": "checkpoint", "time_s": n * 10.0, "step": n * 5}) + "\n")
+    with folder.spans.open("w") as file:
+        for n in range(50_000):
+            span = {"process": f"worker-{n % 4}", "activity": "generate", "start_s": n * 1.0, "end_s": n + 0.9}
+            file.write(json.dumps(span) + "\n")
+    (folder.logs / "worker-0.log").write_text("a line of a log, as long as they are\n" * 200_000)
+    _write_trajectories(folder.trajectories)
+    _write_ledger(folder.ledger)
+
+
+def _write_trajectories(path: Path) -> None:
+    """One real row, copied by SQL, and the large one."""
+    import sqlite3
+
+    from rollout.recorder import Recorder
+
+    recorder = Recorder(path)
+    recorder.write([_group("train/bench/0", num_tokens=100, num_chars=400)])
+    recorder.flush(60.0)
+    recorder.close()
+    db = sqlite3.connect(path)
+    columns = [str(row[1]) for row in db.execute("PRAGMA table_info(trajectories)") if row[1] != "row"]
+    changed = {
+        "id": f"'train/bench/' || (n / {GROUP_SIZE}) || '/' || (n % {GROUP_SIZE})",
+        "group_id": f"'train/bench/' || (n / {GROUP_SIZE})",
+        "member": f"n % {GROUP_SIZE}",
+        "reward": "(n * 7919 % 1000) / 1000.0",
+        "worker": "'worker-' || (n % 4)",
+        "status": "CASE WHEN n < 90000 THEN 'consumed' ELSE 'committed' END",
+        "step": "CASE WHEN n < 90000 THEN n / 32 + 1 END",
+    }
+    picked = ", ".join(changed.get(name, name) for name in columns)
+    with db:
+        db.execute(
+            f"WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < {TRAJECTORIES - 1}) "
+            f"INSERT INTO trajectories ({', '.join(columns)}) "
+            f"SELECT {picked} FROM numbers, (SELECT * FROM trajectories WHERE row = 1)"
+        )
+    db.close()
+    recorder = Recorder(path)
+    tokens = 10**6
+    recorder.write([_group("train/bench/large", num_tokens=tokens, num_chars=LARGE_BYTES - 17 * tokens)])
+    recorder.close(deadline_s=300.0)
+
+
+def _group(group_id: str, *, num_tokens: int, num_chars: int) -> Any:
+    from envs.message import Message, TextPart
+    from envs.task import Task
+    from rollout.trajectory import StopReason, Trajectory, TrajectoryGroup, Turn
+
+    task = Task(task_id=group_id, env_id="Bench-v0", env_name="bench", seed=1, level=1)
+    said = Message(role="assistant", content=(TextPart(text="x" * num_chars),))
+    sampled = np.ones(num_tokens, np.uint8)
+    sampled[0] = 0
+    trajectory = Trajectory(
+        trajectory_id=f"{group_id}/0",
+        group_id=group_id,
+        task=task,
+        member=0,
+        token_ids=np.full(num_tokens, 65, np.int32),
+        loss_mask=sampled,
+        rollout_logprobs=np.where(sampled == 1, -1.0, 0.0).astype(np.float32),
+        policy_versions=np.where(sampled == 1, 0, -1).astype(np.int32),
+        turns=(Turn(start=1, end=num_tokens, message=said),),
+        prompt=(Message(role="user", content=(TextPart(text="say x"),)),),
+        reward=1.0,
+        stop_reason=StopReason.TERMINATED,
+        temperature=1.0,
+        worker="worker-0",
+        seconds=2.0,
+        env_seconds=0.5,
+    )
+    return TrajectoryGroup(group_id=group_id, task=task, attempt=1, trajectories=(trajectory,))
+
+
+def _write_ledger(path: Path) -> None:
+    from envs.task import Task
+    from rollout.ledger import Ledger
+
+    ledger = Ledger(path)
+    names = [f"train/bench/{n}" for n in range(TRAJECTORIES // GROUP_SIZE)]
+    with ledger.batch():
+        ledger.issue([Task(task_id=name, env_id="Bench-v0", env_name="bench", seed=1, level=1) for name in names])
+        for number, name in enumerate(names):
+            ledger.commit(name, ledger.lease(name, "worker-0", 60.0), "digest")
+            if number < 90_000 // GROUP_SIZE:
+                ledger.consume([name], step=number // 4 + 1)
+    ledger.close()
+
+
+# --- a server and a browser -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def dashboard(root: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`shoal dash` over `root`, and its address."""
+    command = [sys.executable, "-m", "rl.cli", "dash", "--root", str(root), "--port", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=FOLDER.parent)
+    try:
+        assert server.stdout is not None
+        yield server, server.stdout.readline().strip()
+    finally:
+        server.kill()
+        server.wait(10)
+
+
+@contextmanager
+def browser_page() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        raise SystemExit("this benchmark needs Chromium: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1400, "height": 900})
+        page.set_default_timeout(60_000)
+        yield page
+        browser.close()
+
+
+def time_to(page: Any, address: str, condition: str, deadline_s: float = 60.0) -> float:
+    """Seconds from asking for `address` until a JavaScript condition holds in the page."""
+    started = time.perf_counter()
+    page.goto(address)
+    while not page.evaluate(condition):
+        if time.perf_counter() - started > deadline_s:
+            raise SystemExit(f"{address} took longer than {deadline_s:g} s")
+        time.sleep(0.01)
+    return round(time.perf_counter() - started, 3)
+
+
+READY = "document.getElementById('view')?.dataset.ready === (location.hash || '#/')"
+CHART = "document.querySelector('.chart .trace') !== null"
+
+
+def measure_scale(root: Path) -> dict[str, Any]:
+    """Seconds of the first chart and of every view, and the server's highest resident MB."""
+    with dashboard(root) as (server, address), browser_page() as page:
+        first = time_to(page, f"{address}#/run/{RUN}/overview", CHART)
+        whole = time_to(page, f"{address}#/run/{RUN}/overview", READY)
+        views = {"overview": whole, "runs": time_to(page, f"{address}#/", READY)}
+        time_to(page, f"{address}#/run/{RUN}/overview", READY)
+        hashes = [link.get_attribute("href") for link in page.locator("#nav a").all()]
+        places = {name.split("/")[3]: name for name in hashes if name and name.startswith(f"#/run/{RUN}/")}
+        places |= {
+            "trajectories, text that is nowhere": f"#/run/{RUN}/trajectories?text=nowhere",
+            "trajectories, reward of none": f"#/run/{RUN}/trajectories?min_reward=2",
+            "trajectory of 200 MB": f"#/run/{RUN}/trajectory/{TRAJECTORIES + 1}",
+            "its tokens": f"#/run/{RUN}/tokens/{TRAJECTORIES + 1}?offset=900000",
+        }
+        views |= {name: time_to(page, address + place, READY) for name, place in places.items()}
+        return {"first_chart_s": first, "views_s": views, "server_peak_mb": _peak_mb(server.pid)}
+
+
+def _peak_mb(pid: int) -> float:
+    line = next(row for row in Path(f"/proc/{pid}/status").read_text().splitlines() if row.startswith("VmHWM"))
+    return round(int(line.split()[1]) / 1000, 1)
+
+
+def _cpu_s(pid: int) -> float:
+    """User and system seconds of a running process."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+# --- what a watched run costs -----------------------------------------------------------------------------------------
+
+
+def measure_cost(root: Path, pairs: int) -> dict[str, Any]:
+    """Pairs of one training, watched and not, the first of each pair taking turns."""
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    shares = []
+    for pair in range(pairs):
+        for watched in (True, False) if pair % 2 else (False, True):
+            took_s, run_cpu_s, server_cpu_s = _train(root / f"pair-{pair}-{watched}", watched)
+            seconds[watched].append(took_s)
+            if watched:
+                shares.append(server_cpu_s / run_cpu_s)
+    logs = [math.log(a / b) for a, b in zip(seconds[True], seconds[False], strict=True)]
+    mean, half = statistics.mean(logs), T_975[pairs - 1] * statistics.stdev(logs) / math.sqrt(pairs)
+    return {
+        "pairs": pairs,
+        "server_cpu_share": round(statistics.mean(shares), 4),
+        "server_cpu_share_worst": round(max(shares), 4),
+        "slowdown": round(math.exp(mean), 3),
+        "slowdown_ci95": [round(math.exp(mean - half), 3), round(math.exp(mean + half), 3)],
+        "watched_s": [round(value, 2) for value in seconds[True]],
+        "unwatched_s": [round(value, 2) for value in seconds[False]],
+    }
+
+
+def _train(root: Path, watched: bool) -> tuple[float, float, float]:
+    """(seconds, CPU seconds of the run, CPU seconds of the server) while a page shows the run's overview."""
+    root.mkdir()
+    command = [sys.executable, "-m", "rl.cli", *TRAIN, f"run.root={root}", "run.name=short"]
+    if not watched:
+        return (*_timed(command), 0.0)
+    with dashboard(root) as (server, address), browser_page() as page:
+        page.goto(address)  # the page and the library are loaded before the run begins
+        before = _cpu_s(server.pid)
+        took_s, cpu_s = _timed(command, lambda: _watch(page, address, root / "short" / "metrics.jsonl"))
+        return took_s, cpu_s, _cpu_s(server.pid) - before
+
+
+def _watch(page: Any, address: str, metrics: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    page.goto(f"{address}#/run/short/overview")
+
+
+def _timed(command: list[str], meanwhile: Any = None) -> tuple[float, float]:
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=FOLDER.parent)
+    if meanwhile:
+        meanwhile()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+    return time.perf_counter() - started, usage.ru_utime + usage.ru_stime
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=4, choices=range(2, 11), help="pairs of runs; default: 4")
+    parser.add_argument("--output", type=Path, default=FOLDER / "results" / "dashboard.json")
+    parser.add_argument("--json", action="store_true", help="the result as the last line of output")
+    arguments = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        (root / "large").mkdir()
+        make_large_run(root / "large")
+        machine = describe_machine()  # its load is that of the minute before the measurement
+        scale = measure_scale(root / "large")
+        cost = measure_cost(root, arguments.pairs)
+    size = {"metric_points": STEPS * len(METRICS), "trajectories": TRAJECTORIES + 1, "largest_bytes": LARGE_BYTES}
+    ratios = {"server_cpu_share": cost["server_cpu_share"], "slowdown": cost["slowdown"]}
+    figures = size | scale | cost
+    result = {"name": "dashboard", "ratios": ratios, "figures": figures, "machine": machine, "paired": True}
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result) if arguments.json else json.dumps(figures, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
