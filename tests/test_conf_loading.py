@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ def test_the_default_yaml_adds_nothing_to_the_schema():
 
 
 NEEDS = {"policy=hf": "policy.path", "env=custom": "env.id", "monitor=wandb_online": "key"}
+if find_spec("vllm") is None:
+    NEEDS["engine=vllm"] = "pip install 'shoal[vllm]'"
 
 
 @pytest.mark.parametrize("choice", [f"{group}={option}" for group in GROUPS for option in options_of(group)])
@@ -245,6 +248,7 @@ def test_a_function_of_the_user_is_an_importable_path():
 
 # --- combinations
 
+SPECULATES_AND_SHARES = ("speculative_tokens=1", "prefix_cache=true")
 IMPOSSIBLE = [
     (["learner.publish_every=4", "rollout.max_staleness=2"], ["learner.publish_every=4", "deadlock", "= 3 steps"]),
     (["rollout=sync", "learner.publish_every=2"], ["learner.publish_every=2", "= 1 steps"]),
@@ -272,6 +276,14 @@ IMPOSSIBLE = [
     (["policy=hf", "policy.path=x", "policy.preset=tiny_moe"], ["policy.preset='tiny_moe' has no effect"]),
     (["policy=hf", "policy.path=x", "policy.overrides.a=1"], ["policy.overrides={'a': 1} has no effect"]),
     (["policy.path=x"], ["policy.path='x' has no effect"]),
+    (["engine.vllm.kv_cache_mib=8"], ["engine.vllm.kv_cache_mib=8 has no effect", "engine.kind=local"]),
+    (["engine=vllm", "engine.vllm.speculative_tokens=1"], ["engine.vllm.speculative_tokens=1", "policy.kind=hf"]),
+    (
+        ["engine=vllm", "policy=hf", "policy.path=x", *(f"engine.vllm.{key}" for key in SPECULATES_AND_SHARES)],
+        ["engine.vllm.speculative_tokens=1", "engine.vllm.prefix_cache=false"],
+    ),
+    (["engine=vllm", "engine.vllm.data_parallel=2"], ["engine.vllm.data_parallel=2", "engine.vllm.process=core"]),
+    (["engine=vllm", "engine.vllm.extra.dtype=half"], ["engine.vllm.extra.dtype", "set that one"]),
     (["env=mix", "env.id=ShopDB-v0"], ["env.id='ShopDB-v0' has no effect", "env.mix"]),
     (["env=mix", "env.level=2"], ["env.level=2 has no effect"]),
     (["env=mix", "env.kwargs.a=2"], ["env.kwargs={'a': 2} has no effect"]),
