@@ -298,12 +298,12 @@ class AlertConfig:
 
     steps: int = 5
     """Learner steps in a row that make trouble of a mismatch, low entropy or failing environments."""
-    mismatch_kl: float = 0.01
-    """Mean k3 estimate of KL(rollout, learner), nats per token."""
+    mismatch_kl: float = 0.03
+    """Mean k3 estimate of KL(rollout, learner), nats per token; staleness of 2 alone makes 0.01 for some steps."""
     entropy_floor: float = 0.005
     """Nats per token."""
     grad_spike: float = 5.0
-    """Gradient norm, times its median over the last 50 steps."""
+    """Gradient norm, times its median over the last 50 steps, or times grad_clip where that is more."""
     zero_variance_steps: int = 10
     """Steps in a row without a group whose rewards differ."""
     env_error_ratio: float = 0.05

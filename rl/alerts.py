@@ -38,6 +38,8 @@ class Rule:
     level: Level = "warn"
     of_median: bool = False
     """The threshold is times the metric's median over the steps before."""
+    least_median: Callable[[TrainConfig], float] = lambda config: 0.0
+    """With `of_median`: a smaller median counts as this."""
     only_if: str = ""
     """Another metric that must be over 0; "" = none."""
 
@@ -79,8 +81,10 @@ RULES: tuple[Rule, ...] = (
         compare="above",
         threshold=lambda alerts, config: _on(alerts.grad_spike),
         steps=lambda alerts: 1,
-        text="gradient norm {value:.3g} is over {threshold:.3g}, a multiple of its median",
+        text="gradient norm {value:.3g} is over {threshold:.3g}, a multiple of its median and of the clip",
         of_median=True,
+        # a policy that has learned its task has gradients near 0, and any mistake is many times their median
+        least_median=lambda config: config.learner.optimizer.grad_clip,
     ),
     Rule(
         name="zero_variance",
@@ -197,7 +201,7 @@ class Alerts:
         if not rule.of_median or threshold is None:
             return threshold
         past = self._history[rule.metric]
-        return threshold * median(past) if len(past) >= MIN_HISTORY else None
+        return threshold * max(median(past), rule.least_median(self._config)) if len(past) >= MIN_HISTORY else None
 
     def _lasts(self, rule: Rule, trouble: bool) -> bool:
         """Whether the condition has been as it is now for the rule's number of steps. Streaks of calm are negative."""
