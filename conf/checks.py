@@ -47,6 +47,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "learner.loss.normalise": ("token", "sequence", "horizon"),
     "learner.loss.anchor": ("rollout", "proximal"),
     "cluster.kind": ("ray", "inprocess"),
+    "cluster.layout": ("separate", "shared"),
+    "cluster.strategy": ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"),
     "monitor.wandb": ("offline", "online", "disabled"),
 }
 CHOICES_OR_IMPORT: dict[str, tuple[str, ...]] = {
@@ -81,6 +83,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "rollout.max_staleness": (0, inf),
     "rollout.groups_per_step": (1, inf),
     "rollout.group_size": (2, inf),
+    "agent.processes": (1, 64),
     "rollout.workers": (1, inf),
     "rollout.env_pools": (1, inf),
     "rollout.max_turn_tokens": (1, inf),
@@ -106,6 +109,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "evaluation.seed": (0, 2**31 - 1),
     "evaluation.level": (-1, 9),
     "cluster.num_cpus": (0, inf),
+    "cluster.learner_gpus": (0, 1),
+    "cluster.worker_gpus": (0, inf),
     "monitor.log_every": (1, inf),
     "monitor.samples_every": (0, inf),
     "monitor.prometheus_port": (0, 65535),
@@ -343,6 +348,7 @@ def _combination_problems(config: TrainConfig) -> Iterator[str]:
     if policy.kind == "hf" and policy.init == "random":
         yield "policy.init=random has no effect: policy.kind=hf brings its weights"
     yield from _vllm_problems(config)
+    yield from _placement_problems(config)
     yield from _curriculum_problems(config)
     yield from _without_effect(config)
     for failpoint in filter(None, config.run.debug_failpoint.split(",")):
@@ -375,6 +381,27 @@ def _vllm_problems(config: TrainConfig) -> Iterator[str]:
         yield (
             f"engine.vllm.data_parallel={vllm.data_parallel} needs engine.vllm.process=core: "
             "an engine inside the worker is one copy"
+        )
+
+
+def _placement_problems(config: TrainConfig) -> Iterator[str]:
+    cluster, workers = config.cluster, config.rollout.workers
+    if cluster.worker_gpus > 1 and config.engine.kind == "local":
+        yield f"cluster.worker_gpus={cluster.worker_gpus:g} must be at most 1: engine.kind=local computes on one GPU"
+    devices = config.engine.vllm.tensor_parallel * config.engine.vllm.data_parallel
+    if config.engine.kind == "vllm" and cluster.worker_gpus and max(1, cluster.worker_gpus) != devices:
+        yield (
+            f"cluster.worker_gpus={cluster.worker_gpus:g} must be engine.vllm.tensor_parallel * "
+            f"engine.vllm.data_parallel = {devices}" + (", or a share of one GPU" if devices == 1 else "")
+        )
+    if cluster.worker_gpus > 1 and cluster.worker_gpus % 1:
+        yield f"cluster.worker_gpus={cluster.worker_gpus:g} must be a whole number, or less than 1: a share of one GPU"
+    total = cluster.learner_gpus + workers * cluster.worker_gpus
+    if cluster.layout == "shared" and not (cluster.learner_gpus and cluster.worker_gpus and total <= 1 + 1e-9):
+        yield (
+            "cluster.layout=shared puts the learner and all workers on one GPU: cluster.learner_gpus and "
+            "cluster.worker_gpus must both be more than 0, and learner_gpus + rollout.workers * worker_gpus, here "
+            f"{cluster.learner_gpus:g} + {workers} * {cluster.worker_gpus:g} = {total:g}, at most 1"
         )
 
 
@@ -421,7 +448,7 @@ def _without_effect(config: TrainConfig) -> Iterator[str]:
             config.cluster.kind == "inprocess",
             "cluster",
             ClusterConfig(),
-            ("address", "num_cpus"),
+            ("address", "num_cpus", "learner_gpus", "worker_gpus", "layout", "strategy"),
             "cluster.kind=inprocess",
         ),
         (config.cluster.address != "local", "cluster", ClusterConfig(), ("num_cpus",), "cluster.address is not local"),

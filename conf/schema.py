@@ -189,6 +189,16 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AgentConfig:
+    """Agent programs of your own that lead the episodes (docs/serve.md)."""
+
+    command: str = ""
+    """Command line of a program that asks for sessions and plays them; "" = Shoal plays the episodes itself."""
+    processes: int = 1
+    """Copies of it beside each rollout worker."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
     """How gradients become weights."""
 
@@ -284,6 +294,14 @@ class ClusterConfig:
     """"local" starts a private Ray on this machine; else the address of a cluster."""
     num_cpus: int = 0
     """CPUs Ray may use on this machine; 0 = as many as actors ask for."""
+    learner_gpus: float = 0.0
+    """GPUs of the learner: 0 = it computes on the CPU, 1, or a share of one such as 0.5."""
+    worker_gpus: float = 0.0
+    """GPUs of each rollout worker's engine; less than 1 = a share of one."""
+    layout: str = "separate"
+    """"separate" (each part by itself) | "shared" (learner and all workers on one node, on shares of the same GPU)."""
+    strategy: str = "PACK"
+    """"PACK" (few nodes) | "SPREAD" (many) | "STRICT_PACK" (one node) | "STRICT_SPREAD" (a node for each part)."""
     start_timeout_s: float = 180.0
     """Deadline of starting each part, and of starting a lost worker again."""
     heartbeat_s: float = 2.0
@@ -393,6 +411,7 @@ class TrainConfig:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -1,6 +1,7 @@
 """Ray at the edge of learning: a thin actor around `LearnerService` and its client."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf.schema import TrainConfig
@@ -56,10 +57,10 @@ class RayLearner:
         return self._actor.snapshot.remote()
 
     async def save(self, folder: str, step: int, state: dict[str, Any]) -> str:
-        return await self._call("save", folder, step, state)
+        return await self._call("save", str(Path(folder).resolve()), step, state)  # its process has another cwd
 
     async def restore(self, path: str) -> int:
-        return await self._call("restore", path)
+        return await self._call("restore", str(Path(path).resolve()))
 
     async def close(self) -> None:
         """Ends with Ray."""

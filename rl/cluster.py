@@ -7,12 +7,15 @@ import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from conf.checks import secret_values
 from conf.schema import TrainConfig
 from envs.outcome import EnvHost
+from rl.placement import NodeCapacity, PlacementError, Plan, amounts, check_fits, plan
 from rollout.lease import Lease, WorkerClient, WorkerStatus
 from rollout.trajectory import Trajectory, TrajectoryGroup
 
@@ -153,7 +156,7 @@ def start_ray(config: TrainConfig, namespace: str) -> None:
 
     options: dict[str, Any] = {}
     if config.cluster.address == "local":
-        cores = config.cluster.num_cpus or (config.rollout.workers + config.rollout.env_pools + 2)
+        cores = config.cluster.num_cpus or ceil(plan(config).cpus) + 1
         options = {"num_cpus": cores, "object_store_memory": OBJECT_STORE_BYTES}
     with _without_variables(config.env.secrets):
         ray.init(
@@ -176,6 +179,97 @@ def _without_variables(names: Sequence[str]) -> Iterator[None]:
         os.environ.update(kept)
 
 
+def living_nodes() -> list[NodeCapacity]:
+    """Of the cluster that this process joined, with all their resources."""
+    import ray
+
+    return [
+        NodeCapacity(
+            name=f"{node['NodeManagerHostname']}/{node['NodeID'][:6]}",
+            cpus=node["Resources"].get("CPU", 0.0),
+            gpus=int(node["Resources"].get("GPU", 0)),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def reserve(wanted: Plan, name: str, *, deadline_s: float) -> Any:
+    """A placement group of the plan's bundles, all of them held.
+
+    Raises `PlacementError`: at once where no cluster of these nodes could hold them, and at the deadline where others
+    hold what is missing.
+    """
+    import ray
+    from ray.util.placement_group import placement_group, placement_group_table
+
+    check_fits(wanted, living_nodes())
+    group = placement_group([b.resources for b in wanted.bundles], strategy=wanted.strategy, name=f"shoal-{name}")
+    if group.wait(timeout_seconds=deadline_s):
+        return group
+    free = ray.available_resources()
+    others = [other for other in placement_group_table().values() if other["state"] == "CREATED"]
+    held = "; ".join(
+        f"{other['name'] or 'a placement group without a name'}: "
+        + amounts(*(sum(b.get(kind, 0.0) for b in other["bundles"].values()) for kind in ("CPU", "GPU")))
+        for other in others
+    )
+    raise PlacementError(
+        f"the cluster could hold the run but was busy for {deadline_s:.0f} s: asked {amounts(wanted.cpus, wanted.gpus)}"
+        f" ({wanted.strategy}), free {amounts(free.get('CPU', 0.0), free.get('GPU', 0.0))}. Held by "
+        f"{held or 'tasks or actors outside of placement groups'}. Wait for them, ask for less, or raise "
+        "cluster.start_timeout_s"
+    )
+
+
+def node_problem(config: TrainConfig, logs: str) -> str:
+    """What a part of the run would lack on the node where this runs; "" = nothing."""
+    from policy.initial import initial_weights_file
+
+    if not os.access(logs, os.W_OK):
+        return f"the run folder {Path(logs).parent} is not there or cannot be written: put run.root on shared storage"
+    if config.policy.path and not Path(config.policy.path, "config.json").is_file():
+        return f"policy.path={config.policy.path} holds no config.json there: put it on shared storage"
+    try:
+        initial_weights_file(config.policy, config.env.name)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def check_nodes(config: TrainConfig, group: Any, logs: str, *, runtime_env: dict[str, Any], deadline_s: float) -> None:
+    """Raise `PlacementError` where a node of the group, other than this one, lacks our package or the run's files."""
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.placement_group import placement_group_table
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    nodes = placement_group_table(group)["bundles_to_node_id"]
+    bundle_of = {node: bundle for bundle, node in nodes.items()}
+    bundle_of.pop(ray.get_runtime_context().get_node_id(), None)
+    remote: Any = ray.remote
+    for node, bundle in bundle_of.items():
+        place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=int(bundle))
+        look = remote(node_problem).options(
+            num_cpus=0, max_retries=0, runtime_env=runtime_env, scheduling_strategy=place
+        )
+        try:
+            problem = ray.get(look.remote(config, logs), timeout=deadline_s)
+        except RayError as error:
+            reason = str(error).strip().splitlines()[-1]
+            problem = f"it cannot run Shoal: {reason}. Install the same version of it on every node"
+        if problem:
+            raise PlacementError(f"node {node[:6]}: {problem} (docs/cluster.md)")
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Files by their whole path: processes on other nodes have another working directory."""
+    policy = config.policy
+    init = policy.init if policy.init in ("auto", "random") else str(Path(policy.init).resolve())
+    path = str(Path(policy.path).resolve()) if policy.path else ""
+    return replace(config, policy=replace(policy, init=init, path=path))
+
+
 class RayCluster:
     """The parts as Ray actors. Made by `await RayCluster.start(config, folder)`."""
 
@@ -187,40 +281,44 @@ class RayCluster:
 
     @staticmethod
     async def start(config: TrainConfig, folder: Path) -> "RayCluster":
-        """Start every actor and wait until each answers. Raises `ClusterError` naming the part that did not."""
-        await asyncio.to_thread(start_ray, config, folder.name)
-        import ray
+        """Reserve the resources, start every actor inside and wait until each answers.
 
-        from envs.actors import EnvPoolActor
+        Raises `PlacementError` where the nodes cannot hold the run, `ClusterError` naming the part that did not answer.
+        """
+        config = with_absolute_paths(config)
+        await asyncio.to_thread(start_ray, config, folder.name)
+        self = RayCluster()
+        try:
+            await self._start(config, folder)
+        except BaseException as error:  # interrupted too: no actor may stay behind
+            await self.close()
+            if isinstance(error, RuntimeError) and not isinstance(error, PlacementError):
+                raise ClusterError(f"the run could not start: {error}") from error
+            raise
+        return self
+
+    async def _start(self, config: TrainConfig, folder: Path) -> None:
         from rl.actors import LearnerActor, RayLearner
         from rollout.actors import RayWorkerClient, RolloutWorkerActor, answer, connect
 
-        self = RayCluster()
-        logs = str((folder / "logs").resolve())
+        deadline_s, logs = config.cluster.start_timeout_s, str((folder / "logs").resolve())
+        wanted = plan(config)
         # the driver's working directory reaches actors, so that environments beside it import there too
         runtime_env = {"env_vars": {"PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}}
-        common: dict[str, Any] = {"max_task_retries": 0, "runtime_env": runtime_env}
-        remote: Any = ray.remote  # its overloads know functions better than classes
-        learner = remote(LearnerActor).options(num_cpus=1, max_restarts=0, **common).remote(config, logs)
+        group = await asyncio.to_thread(reserve, wanted, folder.name, deadline_s=deadline_s)
+        await asyncio.to_thread(check_nodes, config, group, logs, runtime_env=runtime_env, deadline_s=deadline_s)
+        place = _placer(wanted, group, runtime_env)
+        learner = place(LearnerActor, "learner", max_restarts=0).remote(config, logs)
         names = [f"pool-{i}" for i in range(config.rollout.env_pools)]
-        self._pools = [  # kept: a named actor ends with its last handle
-            remote(EnvPoolActor)
-            .options(name=name, num_cpus=0.5, max_restarts=-1, max_concurrency=1000, **common)
-            .remote(
-                config.env.reset_timeout_s,
-                config.env.step_timeout_s,
-                config.env.reward_timeout_s,
-                logs,
-                name,
-                pool_limits(config),
-                secret_values(config.env.secrets),
-            )
-            for name in names
-        ]
+        self._pools = _start_pools(config, names, place, logs)
         actors = [
-            remote(concurrency_groups={"control": 4})(RolloutWorkerActor)
-            .options(num_cpus=1, max_restarts=-1, max_concurrency=10_000, **common)
-            .remote(config, f"worker-{i}", names, logs)
+            place(
+                RolloutWorkerActor,
+                f"worker-{i}",
+                groups={"control": 4},
+                max_restarts=-1,
+                max_concurrency=10_000,
+            ).remote(config, f"worker-{i}", names, logs)
             for i in range(config.rollout.workers)
         ]
         self.host = self._connection = connect(names, config.env)
@@ -229,17 +327,9 @@ class RayCluster:
             RayWorkerClient(f"worker-{i}", actor, episode_deadline_s=config.rollout.episode_deadline_s)
             for i, actor in enumerate(actors)
         ]
-        deadline_s = config.cluster.start_timeout_s
-        try:
-            await answer(learner.ready.remote(), who="the learner", deadline_s=deadline_s)
-            for i, actor in enumerate(actors):
-                await answer(actor.status.remote(), who=f"worker-{i}", deadline_s=deadline_s)
-        except BaseException as error:  # interrupted too: no actor may stay behind
-            await self.close()
-            if isinstance(error, RuntimeError):
-                raise ClusterError(f"the run could not start: {error}") from error
-            raise
-        return self
+        await answer(learner.ready.remote(), who="the learner", deadline_s=deadline_s)
+        for i, actor in enumerate(actors):
+            await answer(actor.status.remote(), who=f"worker-{i}", deadline_s=deadline_s)
 
     async def close(self) -> None:
         """Stop Ray with everything in it. Safe to call twice."""
@@ -248,6 +338,45 @@ class RayCluster:
         if self._connection is not None:  # its poll would meet a pool that is gone
             await self._connection.aclose()
         await asyncio.to_thread(ray.shutdown)
+
+
+def _placer(wanted: Plan, group: Any, runtime_env: dict[str, Any]) -> Callable[..., Any]:
+    """(class, part, options of Ray's) -> the actor class, bound to its share of the group. Restarts stay inside it."""
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    remote: Any = ray.remote  # its overloads know functions better than classes
+
+    def place(actor: type, part: str, *, groups: dict[str, int] | None = None, **options: Any) -> Any:
+        share = wanted.shares[part]
+        return remote(concurrency_groups=groups or {})(actor).options(
+            num_cpus=share.cpus,
+            num_gpus=share.gpus,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=share.bundle),
+            max_task_retries=0,
+            runtime_env=runtime_env,
+            **options,
+        )
+
+    return place
+
+
+def _start_pools(config: TrainConfig, names: Sequence[str], place: Callable[..., Any], logs: str) -> list[Any]:
+    """Their handles, to be kept: a named actor ends with its last one."""
+    from envs.actors import EnvPoolActor
+
+    return [
+        place(EnvPoolActor, name, name=name, max_restarts=-1, max_concurrency=1000).remote(
+            config.env.reset_timeout_s,
+            config.env.step_timeout_s,
+            config.env.reward_timeout_s,
+            logs,
+            name,
+            pool_limits(config),
+            secret_values(config.env.secrets),
+        )
+        for name in names
+    ]
 
 
 async def start_cluster(config: TrainConfig, folder: Path) -> Cluster:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from conf.schema import TrainConfig
+from policy.device import claim_device
 from policy.hf_model import load_policy_model
 from policy.initial import load_initial_weights
 from policy.local_engine import LOGPROB_TOLERANCE
@@ -28,7 +29,7 @@ def build_learner(config: TrainConfig) -> Learner:
     model = load_policy_model(config.policy, seed=config.seed)
     load_initial_weights(model, config.policy, config.env.name)
     return Learner(
-        model,
+        model.to(claim_device(config.cluster.learner_gpus)),
         config.learner,
         total_steps=config.steps,
         max_staleness=config.rollout.max_staleness,
