@@ -6,20 +6,22 @@ Both sides train the same environment on levels 0..MAX with the same groups, see
 curriculum.sampler differs. The target is fixed before any training: held-out success at level 5 of the warm start (of
 `--final-tasks` problems, in the result before the first step) plus 0.3. Every `--every` steps the policy is evaluated
 on `--tasks` held-out problems of level 5, the same for all; a side has reached the target at the first of two
-evaluations in a row at or above it. Counted are the groups dispatched until then, dropped ones included. A side that
-never gets there counts with the groups of its whole run, as a lower bound.
+evaluations in a row at or above it, and is not trained further. Counted are the groups dispatched until then, dropped
+ones included. A side that never gets there counts with the groups of its whole run, as a lower bound.
 
-Each training is a run folder under `--root`; one that is finished is not repeated, so the command can be stopped and
-started again. The warm start is made with
+Each training is a run folder under `--root`; one that is finished is not repeated, one that was cut short goes on, so
+the command can be stopped and started again. The warm start is made with
 
     shoal sft env=calculator curriculum=uniform curriculum.max_level=5 engine.max_model_tokens=384 sft.output=...
 """
 
 import argparse
 import json
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +36,16 @@ GAIN = 0.3
 LIMIT = 0.6
 """Criterion: groups of levels / groups of uniform, median over seeds."""
 IN_A_ROW = 2
+POLL_S = 1.0
+STOP_S = 300.0
+"""Deadline of a run that was asked to end."""
 
 
 def train(args: argparse.Namespace, side: str, seed: int) -> Path:
-    """The run folder of one training; trains, or goes on, unless it is finished."""
+    """The run folder of one training; trains, or goes on, until its end or until it has reached the target."""
     name = f"{args.env}-{side}-{seed}".replace("_", "-")
     folder = args.root / name
-    summary = folder / "summary.json"
-    if summary.exists():
+    if is_settled(folder):
         return folder
     command = [sys.executable, "-m", "rl.cli"]
     if (folder / "config.yaml").exists():
@@ -54,18 +58,48 @@ def train(args: argparse.Namespace, side: str, seed: int) -> Path:
             *(f"evaluation.final_tasks={args.final_tasks}", f"run.root={args.root}", f"run.name={name}"),
             *("monitor.wandb=disabled", "monitor.progress=false", *args.overrides),
         ]
-    subprocess.run(command, check=True, stdout=sys.stderr, cwd=CHECKOUT)
+    process = subprocess.Popen(command, stdout=sys.stderr, cwd=CHECKOUT)
+    try:
+        while process.poll() is None and not is_settled(folder):
+            time.sleep(POLL_S)
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)  # it ends after the step in flight
+        process.wait(timeout=STOP_S)
+    finally:
+        process.kill()
+    if not is_settled(folder):
+        raise RuntimeError(f"{name} ended with status {process.returncode} before its last step")
     return folder
+
+
+def is_settled(folder: Path) -> bool:
+    """The run came to its last step, or reached the target in `IN_A_ROW` evaluations."""
+    if (folder / "summary.json").exists():
+        return True
+    curve = read_curve(folder)
+    last = curve[-IN_A_ROW:]
+    return len(curve) > IN_A_ROW and all(point[1] >= curve[0][1] + GAIN for point in last)
+
+
+def read_rows(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, without a last line that is still being written."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def read_curve(folder: Path) -> list[list[float]]:
+    """[step, success, problems] of each evaluation, the one of the warm start first."""
+    by_step = {row["step"]: row for row in read_rows(folder, "evaluation")}
+    return [[step, row["eval/success"], row["eval/n"]] for step, row in sorted(by_step.items())]
 
 
 def dispatched_by_step(folder: Path, groups_per_step: int) -> dict[int, int]:
     """Learner step -> groups that it and the steps before took, with those that the gate or a failure dropped."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found = {0: 0}
-    for row in rows:
-        if row["kind"] == "step":
-            dropped = row["faults/dropped_groups"] + row["curriculum/gated_groups"]
-            found[row["step"]] = row["step"] * groups_per_step + round(dropped)
+    for row in read_rows(folder, "step"):
+        dropped = row["faults/dropped_groups"] + row["curriculum/gated_groups"]
+        found[row["step"]] = row["step"] * groups_per_step + round(dropped)
     return found
 
 
@@ -80,18 +114,17 @@ def groups_to(curve: list[list[float]], target: float, groups: dict[int, int]) -
 
 def measure_side(args: argparse.Namespace, side: str, seed: int) -> dict[str, Any]:
     folder = train(args, side, seed)
-    summary = json.loads((folder / "summary.json").read_text())
+    curve = read_curve(folder)
     groups = dispatched_by_step(folder, groups_per_step(folder))
-    target = summary["success_before"] + GAIN
-    reached = groups_to(summary["curve"], target, groups)
+    target = curve[0][1] + GAIN
+    reached = groups_to(curve, target, groups)
     return {
         "sampler": side,
         "seed": seed,
         "target": round(target, 4),
         "groups": reached if reached is not None else max(groups.values()),
         "reached": reached is not None,
-        "curve": [[groups[int(step)], success, n] for step, success, n in summary["curve"]],
-        "train_seconds": summary["train_seconds"],
+        "curve": [[groups[int(step)], success, n] for step, success, n in curve],
     }
 
 

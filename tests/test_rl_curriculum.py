@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.curriculum import compare, groups_to
+from benchmarks.curriculum import compare, groups_to, is_settled
 from conf.schema import CurriculumConfig, TrainConfig
 from envs.curriculum import Curriculum, Outcome
 from envs.outcome import EnvHost
@@ -143,6 +143,23 @@ def test_groups_are_counted_to_the_first_of_two_evaluations_at_the_target() -> N
     assert groups_to(lucky, 0.4, groups) == 190
     assert groups_to(lucky, 0.55, groups) == 260  # the last stands alone
     assert groups_to(lucky, 0.7, groups) is None
+
+
+def test_a_side_is_trained_until_two_evaluations_in_a_row_reach_the_target(tmp_path: Path) -> None:
+    def settled_after(*successes: float) -> bool:
+        rows = [
+            {"kind": "evaluation", "step": i, "eval/success": success, "eval/n": 100}
+            for i, success in enumerate(successes)
+        ]
+        half_a_row = '{"kind": "evaluation", "st'
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + half_a_row)
+        return is_settled(tmp_path)
+
+    assert not is_settled(tmp_path / "not-begun")
+    assert not settled_after(0.1)
+    assert not settled_after(0.1, 0.5)
+    assert not settled_after(0.1, 0.5, 0.3)
+    assert settled_after(0.1, 0.5, 0.3, 0.4, 0.4)
 
 
 def test_a_side_that_never_arrives_cannot_win() -> None:
