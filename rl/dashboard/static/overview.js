@@ -1,7 +1,7 @@
 // One run at a glance: state, newest numbers, panels A to G. New lines are added to the charts as they are written.
 
 import { ask, follow } from "./api.js";
-import { drawLines } from "./charts.js";
+import { drawLines, library } from "./charts.js";
 import { el, fill, link, num } from "./dom.js";
 
 // Names as in docs/runs.md. A name that ends in * stands for all that begin so.
@@ -20,6 +20,7 @@ const NUMBERS = ["reward/mean", "eval/success", "off_policy/lag/max", "policy/en
   "trainer/tok_s", "time/trainer_idle_ratio", "group/frac_mixed", "env/error_ratio", "workers/healthy"];
 
 export async function overviewView(view, run, query, signal) {
+  library().catch(() => {}); // on its way while the server reads; drawing tells what goes wrong
   const facts = await ask(["runs", run], {}, signal);
   const known = facts.keys.map(({ key }) => key);
   const latest = Object.fromEntries(facts.keys.map(({ key, last }) => [key, last]));
@@ -51,11 +52,16 @@ export async function overviewView(view, run, query, signal) {
   };
   await load();
   // Numbers count the lines that the page has, so that a test can see that none came twice.
-  const draw = () => Promise.all(charts.filter(({ keys }) => keys.every((key) => store[key])).map(({ node, keys }) => {
-    const lines = keys.map((key) => ({ name: key, x: store[key].step, y: store[key].y }));
-    node.setAttribute("data-points", store[keys[0]].n);
-    return drawLines(node, lines, { title: keys.length > 1 ? "" : keys[0], xTitle: "step" });
-  }));
+  // One after the other with a pause for the browser to paint: the first chart does not wait for the last.
+  const draw = async () => {
+    for (const { node, keys } of charts) {
+      if (signal.aborted || !keys.every((key) => store[key])) continue;
+      const lines = keys.map((key) => ({ name: key, x: store[key].step, y: store[key].y }));
+      node.setAttribute("data-points", store[keys[0]].n);
+      await drawLines(node, lines, { title: keys.length > 1 ? "" : keys[0], xTitle: "step" });
+      await new Promise((resolve) => { setTimeout(resolve); });
+    }
+  };
   const started = draw();
   let due = null;
   follow(run, cursor, {
