@@ -201,12 +201,13 @@ def reserve(wanted: Plan, name: str, *, deadline_s: float) -> Any:
     hold what is missing.
     """
     import ray
-    from ray.util.placement_group import placement_group, placement_group_table
+    from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
     check_fits(wanted, living_nodes())
     group = placement_group([b.resources for b in wanted.bundles], strategy=wanted.strategy, name=f"shoal-{name}")
     if group.wait(timeout_seconds=deadline_s):
         return group
+    remove_placement_group(group)  # else it would take what it asked for as soon as that is free
     free = ray.available_resources()
     others = [other for other in placement_group_table().values() if other["state"] == "CREATED"]
     held = "; ".join(
