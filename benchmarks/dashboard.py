@@ -208,11 +208,11 @@ def measure_scale(root: Path) -> dict[str, Any]:
     """Seconds of the first chart and of every view, and the server's highest resident MB."""
     with dashboard(root) as (server, address), browser_page() as page:
         first = time_to(page, f"{address}#/run/{RUN}/overview", CHART)
-        whole = time_to(page, f"{address}#/run/{RUN}/overview", READY)
-        views = {"overview": whole, "runs": time_to(page, f"{address}#/", READY)}
-        time_to(page, f"{address}#/run/{RUN}/overview", READY)
+        views = {"runs": time_to(page, f"{address}#/", READY)}
+        views["overview"] = time_to(page, f"{address}#/run/{RUN}/overview", READY)
         hashes = [link.get_attribute("href") for link in page.locator("#nav a").all()]
         places = {name.split("/")[3]: name for name in hashes if name and name.startswith(f"#/run/{RUN}/")}
+        del places["overview"]  # it is open: the same address again would show nothing
         places |= {
             "trajectories, text that is nowhere": f"#/run/{RUN}/trajectories?text=nowhere",
             "trajectories, reward of none": f"#/run/{RUN}/trajectories?min_reward=2",
@@ -294,7 +294,8 @@ def _timed(command: list[str], meanwhile: Any = None) -> tuple[float, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=4, choices=range(2, 11), help="pairs of runs; default: 4")
+    pairs = (0, *range(2, 11))
+    parser.add_argument("--pairs", type=int, default=4, choices=pairs, help="of runs; 0 = scale alone; default: 4")
     parser.add_argument("--output", type=Path, default=FOLDER / "results" / "dashboard.json")
     parser.add_argument("--json", action="store_true", help="the result as the last line of output")
     arguments = parser.parse_args(argv)
@@ -304,9 +305,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         make_large_run(root / "large")
         machine = describe_machine()  # its load is that of the minute before the measurement
         scale = measure_scale(root / "large")
-        cost = measure_cost(root, arguments.pairs)
+        cost = measure_cost(root, arguments.pairs) if arguments.pairs else {}
     size = {"metric_points": STEPS * len(METRICS), "trajectories": TRAJECTORIES + 1, "largest_bytes": LARGE_BYTES}
-    ratios = {"server_cpu_share": cost["server_cpu_share"], "slowdown": cost["slowdown"]}
+    ratios = {name: cost[name] for name in ("server_cpu_share", "slowdown") if name in cost}
     figures = size | scale | cost
     result = {"name": "dashboard", "ratios": ratios, "figures": figures, "machine": machine, "paired": True}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,14 @@
 """What every test runs under."""
 
 import os
-from collections.abc import Generator
+import shutil
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from policy.vllm_packages import mend_imports
 
 REQUIRED = "SHOAL_REQUIRE"
 """Variable with markers, separated by commas: a skipped test that carries one of them has failed. CI sets it."""
@@ -27,6 +31,7 @@ def pytest_configure() -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.pop("WANDB_API_KEY", None)
+    mend_imports()  # where the vLLM extra is installed, tests import transformers and TRL themselves
 
 
 @pytest.fixture(scope="session")
@@ -44,3 +49,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, name in enumerate(("first-run", "second-run"), start=1):
         assert main(["train", *SMALL, *words, f"run.name={name}", f"seed={number}"]) == 0
     return root
+
+
+@pytest.fixture
+def page() -> Iterator[Any]:
+    """A page of headless Chromium. Without it the test is skipped, and told how it would not be."""
+    install = "pip install playwright, and Chromium: apt-get install chromium"
+    sync_api = pytest.importorskip("playwright.sync_api", reason=f"no browser test: {install}")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip(f"no Chromium: {install}")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1400, "height": 900})
+        page.set_default_timeout(30_000)
+        yield page
+        browser.close()

@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -120,3 +122,11 @@ def start_server(root: Path, *words: str, port: int = 0) -> tuple[subprocess.Pop
     address = server.stdout.readline().strip()  # ends with the process, should it fail to start
     assert address.startswith("http://"), "the server did not start"
     return server, address
+
+
+def until(page: Any, condition: str, timeout: float = 30_000) -> None:
+    """Wait for a JavaScript condition. Playwright's own waiting evaluates text in the page, which its CSP refuses."""
+    deadline = time.monotonic() + timeout / 1000
+    while not page.evaluate(condition):
+        assert time.monotonic() < deadline, f"{condition}: {page.inner_text('#view')[:300]}"
+        time.sleep(0.05)

@@ -3,37 +3,20 @@
 import json
 import os
 import re
-import shutil
 import signal
 import sqlite3
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.dashboard_runs import RUN, make_run, metric_rows, start_server
+from tests.dashboard_runs import RUN, make_run, metric_rows, start_server, until
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-INSTALL = "pip install playwright, and Chromium: apt-get install chromium"
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def page() -> Iterator:
-    sync_api = pytest.importorskip("playwright.sync_api", reason=f"no browser test: {INSTALL}")
-    if CHROMIUM is None:
-        pytest.skip(f"no Chromium: {INSTALL}")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        context = browser.new_context(viewport={"width": 1400, "height": 900})
-        page = context.new_page()
-        page.set_default_timeout(30_000)
-        yield page
-        browser.close()
 
 
 @pytest.mark.slow
@@ -50,7 +33,7 @@ def test_every_view_shows_what_the_rows_say_and_survives_a_killed_server(page, t
 
     def visit(view: str) -> str:
         page.goto(f"{address}#/run/{RUN}/{view}" if view else f"{address}#/")
-        _until(page, "document.getElementById('view').dataset.ready === (location.hash || '#/')")
+        until(page, "document.getElementById('view').dataset.ready === (location.hash || '#/')")
         return page.inner_text("#view")
 
     try:
@@ -70,7 +53,7 @@ def test_every_view_shows_what_the_rows_say_and_survives_a_killed_server(page, t
         page.wait_for_selector("[aria-label=status]")
         page.select_option("[aria-label=status]", "consumed")
         page.wait_for_url(re.compile("status=consumed"))
-        _until(page, "document.getElementById('view').dataset.ready === location.hash")
+        until(page, "document.getElementById('view').dataset.ready === location.hash")
         consumed = db.execute("SELECT COUNT(*) FROM trajectories WHERE status = 'consumed'").fetchone()[0]
         assert page.locator("#view tbody tr").count() == consumed > 0
 
@@ -82,7 +65,7 @@ def test_every_view_shows_what_the_rows_say_and_survives_a_killed_server(page, t
         assert int(page.inner_text("[data-audit=issued] b")) == groups
         assert "learner.clip_low" in visit("config")
         visit("logs")
-        _until(page, "document.querySelector('pre.log').textContent.includes('hello from the log')")
+        until(page, "document.querySelector('pre.log').textContent.includes('hello from the log')")
         assert "checkpoint" in visit("events")
         visit("timeline")
         assert page.evaluate("document.querySelector('.chart').data.length") == 2
@@ -111,28 +94,20 @@ def _read_one_episode(page, db: sqlite3.Connection, visit: Callable[[str], str])
 
 def _watch_a_kill(page, folder: Path, server: subprocess.Popen, address: str) -> subprocess.Popen:
     """A step is shown within 2 s; the server is killed and started anew; no line comes twice. Returns the new one."""
-    _until(page, "document.getElementById('live').textContent === 'live'")
+    until(page, "document.getElementById('live').textContent === 'live'")
     _append_step(folder, 4, 0.875)
-    _until(page, "document.querySelector(\"[data-metric='reward/mean'] b\").textContent === '0.875'", timeout=2000)
+    until(page, "document.querySelector(\"[data-metric='reward/mean'] b\").textContent === '0.875'", timeout=2000)
     server.send_signal(signal.SIGKILL)
     server.wait(10)
-    _until(page, "document.getElementById('live').textContent === 'reconnecting'")
+    until(page, "document.getElementById('live').textContent === 'reconnecting'")
     _append_step(folder, 5, 0.75)
     server, again = start_server(folder.parent, port=int(address.rsplit(":", 1)[1].strip("/")))
     assert again == address
-    _until(page, "document.querySelector(\"[data-metric='reward/mean'] b\").textContent === '0.75'", timeout=20_000)
+    until(page, "document.querySelector(\"[data-metric='reward/mean'] b\").textContent === '0.75'", timeout=20_000)
     time.sleep(1.2)  # what came twice would have come by now
     chart = page.locator("[data-keys^='reward/mean']")
     assert int(chart.get_attribute("data-points")) == sum("reward/mean" in row for row in metric_rows(folder))
     return server
-
-
-def _until(page, condition: str, timeout: float = 30_000) -> None:
-    """Wait for a JavaScript condition. Playwright's own waiting evaluates text in the page, which its CSP refuses."""
-    deadline = time.monotonic() + timeout / 1000
-    while not page.evaluate(condition):
-        assert time.monotonic() < deadline, f"{condition}: {page.inner_text('#view')[:300]}"
-        time.sleep(0.05)
 
 
 def _append_step(folder: Path, step: int, reward: float) -> None:
