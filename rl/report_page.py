@@ -22,6 +22,7 @@ from rl.progress import duration, visible
 from rl.run_folder import RunFolder, RunFolderError
 from rl.show import LAST_METRICS, resolve_run
 from rl.usage import UsageError
+from rl.verdict import judge
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430 }
@@ -32,6 +33,7 @@ pre { background: #f4f5f7; padding: .8rem; white-space: pre-wrap; overflow-wrap:
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem } img { max-width: 49%; height: auto }
 @media (max-width: 44rem) { .pair { grid-template-columns: 1fr } img { max-width: 100% } }
 """
+MAX_ALERTS = 100
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -53,6 +55,8 @@ def page(folder: RunFolder) -> str:
     body = [
         f"<h1>{name}</h1>",
         _head(folder, summary),
+        _verdict(folder, rows),
+        _section("Alerts", _alerts(folder)),
         _pictures(rows),
         _section("Held-out evaluations", _evaluations(rows)),
         _section("One held-out task, before and after training", _transcripts(summary.get("transcripts"))),
@@ -110,6 +114,19 @@ def _head(folder: RunFolder, summary: Mapping[str, Any]) -> str:
     if state.error:
         lines.append(f'<p class="bad">{_text(state.error)}</p>')
     return "\n".join(lines)
+
+
+def _verdict(folder: RunFolder, rows: Sequence[Mapping[str, Any]]) -> str:
+    bound = settings_of(folder).get("rollout.max_staleness")
+    verdict = judge(rows, max_staleness=bound if isinstance(bound, int) else 0)
+    return f"<p>{_text(verdict.sentence)}</p>" if verdict.limit != "unknown" else ""
+
+
+def _alerts(folder: RunFolder) -> str:
+    events = [row for row in read_json_lines(folder.events) if row.get("kind") == "alert"]
+    keys = ("time_s", "step", "rule", "state", "value", "threshold", "text")
+    found = [[row.get(key) for key in keys] for row in events[-MAX_ALERTS:]]
+    return _table(found, ("seconds", "step", "rule", "", "value", "limit", "what")) or "<p>none</p>"
 
 
 def _pictures(rows: Sequence[Mapping[str, Any]]) -> str:

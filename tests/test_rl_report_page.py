@@ -66,6 +66,17 @@ def test_the_page_is_one_file_that_loads_nothing_and_runs_nothing(runs, tmp_path
     assert "default-src 'none'" in path.read_text()
 
 
+def test_the_page_says_what_limited_the_run_and_which_alerts_there_were(runs, tmp_path):
+    folder = RunFolder(path=Path(shutil.copytree(runs / "first-run", tmp_path / "alerted")))
+    alert = {"kind": "alert", "time_s": 3.0, "step": 2, "rule": "env_errors", "state": "raised", "value": 0.5}
+    folder.events.write_text(json.dumps(alert | {"threshold": 0.05, "text": "environments fail <b>"}) + "\n")
+    steps = [{"kind": "step", "step": n, "time/step": 10.0, "time/wait_for_batch": 5.7} for n in range(1, 4)]
+    folder.metrics.write_text("".join(json.dumps(row | {"rollout/busy_s": 9.0}) + "\n" for row in steps))
+    shown = " ".join(Tags(page(folder)).words)
+    assert "the learner waits 57% of the time" in shown
+    assert all(word in shown for word in ("env_errors", "raised", "0.05", "environments fail <b>"))
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_in_every_field_stays_text(runs, tmp_path, text):
     folder = RunFolder(path=Path(shutil.copytree(runs / "first-run", tmp_path / "bad")))
