@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from envs.outcome import EnvHost
 from envs.task import Task
@@ -28,16 +28,18 @@ async def run_group(
     worker: str = "",
     failpoint: Callable[[str], None] = lambda phase: None,
     clock: Callable[[], float] = time.monotonic,
+    play_episode: Callable[..., Awaitable[Trajectory]] = run_episode,
 ) -> TrajectoryGroup:
     """Run `group_size` members together; each ends in a trajectory, in member order.
 
     A member that the machinery failed (INFRA_ERROR) is played again up to `max_retries` times, under a fresh key, so
     that a group is not thrown away for one lost episode (pitfalls A7). An environment's own error is its result.
+    `play_episode` takes the arguments of `run_episode`: an agent outside may lead the episodes.
     """
 
     async def play(member: int) -> Trajectory:
         for retry in range(max_retries + 1):
-            trajectory = await run_episode(
+            trajectory = await play_episode(
                 task=task,
                 member=member,
                 group_id=group_id,

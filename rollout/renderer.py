@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 
 from conf.schema import PolicyConfig
 from envs.message import ImagePart, Message, ToolCall, ToolSpec
+from policy.tokenizer import Tokenizer
 
 ParseStatus = Literal["none", "ok", "malformed"]
 
@@ -42,6 +43,9 @@ class ParsedTurn:
 
 class Renderer(Protocol):
     """One dialect. The invariant: prompt + completion + reply + completion + reply ... is what the policy sees."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:

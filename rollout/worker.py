@@ -7,8 +7,9 @@ Invariants
 """
 
 import asyncio
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from conf.schema import RolloutConfig, TrainConfig
 from envs.outcome import EnvHost
@@ -18,7 +19,9 @@ from policy.engine import CachePolicy, Engine
 from policy.hf_model import load_policy_model
 from policy.local_engine import LocalEngine
 from policy.weight_store import PolicySnapshot
+from rollout.agent_process import AgentCrew
 from rollout.episode import EpisodeSettings, run_episode
+from rollout.external_episode import run_external_episode
 from rollout.failpoint import Failpoint
 from rollout.group import run_group
 from rollout.lease import Lease, NotReady, WorkerStatus
@@ -44,8 +47,10 @@ class RolloutWorker:
         seed: int,
         score_timeout_s: float = 120.0,
         failpoint: Failpoint | None = None,
+        agents: AgentCrew | None = None,
     ) -> None:
-        """`score_timeout_s`: longest wait for the reward of an episode that a limit ended."""
+        """`score_timeout_s`: longest wait for the reward of an episode that a limit ended. `agents`: programs outside
+        that lead the episodes in place of `run_episode`."""
         self.name = name
         self._engine = engine
         self._renderer = renderer
@@ -54,6 +59,10 @@ class RolloutWorker:
         self._seed = seed
         self._score_timeout_s = score_timeout_s
         self._failpoint = failpoint or Failpoint()
+        self._agents = agents
+        self._play: Callable[..., Awaitable[Trajectory]] = (
+            run_episode if agents is None else functools.partial(run_external_episode, desk=agents.desk)
+        )
         self._lock = RolloutLock(config.lock)
         self._version_changed = asyncio.Condition()
         self._pinned = asyncio.Event()  # set = free to swap
@@ -100,6 +109,7 @@ class RolloutWorker:
     async def run_lease(self, lease: Lease) -> TrajectoryGroup:
         """Sample the G trajectories of a lease. The members of a group meet the same problem with other seeds."""
         await self._wait_for_version(lease.min_version, lease.deadline_s)
+        await self._start_agents()
         self._groups += 1
         self._episodes += self._config.group_size
         try:
@@ -115,6 +125,7 @@ class RolloutWorker:
                 lock=self._lock,
                 worker=self.name,
                 failpoint=self._failpoint.hit,
+                play_episode=self._play,
             )
         finally:
             self._groups -= 1
@@ -136,7 +147,7 @@ class RolloutWorker:
 
         async def one(task: Task) -> Trajectory:
             async with gate:
-                return await run_episode(
+                return await self._play(
                     task=task,
                     member=0,
                     group_id=f"{label}/{task.task_id}",
@@ -149,6 +160,7 @@ class RolloutWorker:
                 )
 
         try:
+            await self._start_agents()
             return list(await asyncio.gather(*(one(task) for task in tasks)))
         finally:
             self._pinned.set()
@@ -170,7 +182,13 @@ class RolloutWorker:
     async def restart(self) -> None:
         """A worker in this process has nothing to restart."""
 
+    async def _start_agents(self) -> None:
+        if self._agents is not None:
+            await self._agents.start()
+
     async def close(self) -> None:
+        if self._agents is not None:
+            await self._agents.close()
         await self._engine.close()
 
 
@@ -191,4 +209,5 @@ def build_worker(config: TrainConfig, name: str, host: EnvHost, failpoint: Failp
         seed=config.seed,
         score_timeout_s=config.env.reward_timeout_s + SCORE_GRACE_S,
         failpoint=failpoint,
+        agents=AgentCrew(config.agent.command, processes=config.agent.processes) if config.agent.command else None,
     )
