@@ -15,6 +15,7 @@ from rl.command import RUN_HELP, Command, CommandTable, reader_arguments, run_ar
 from rl.dash_command import DASH
 from rl.env_commands import ENV_COMMANDS
 from rl.reader_commands import READER_COMMANDS
+from rl.serve_command import SERVE
 from rl.usage import UsageError
 
 INTRODUCTION = """\
@@ -212,6 +213,7 @@ COMMANDS: dict[str, Command | CommandTable] = {
     ),
     **READER_COMMANDS,
     "dash": DASH,
+    "serve": SERVE,
     "env": ENV_COMMANDS,
     "bench": Command(
         summary="run a benchmark of the checkout",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -128,6 +129,64 @@ def test_every_other_view_answers_from_the_files(root: Path) -> None:
     assert XSS in ask(f"/api/runs/{RUN}/logs", name="worker-0.log").json()["text"]
     assert ask(f"/api/runs/{RUN}/events").json()["events"][0]["kind"] == "checkpoint"
     assert ask(f"/api/runs/{RUN}/csv", keys="reward/mean").text.splitlines()[1] == "1.0,2.0,10.0,4.0,0.25"
+
+
+def test_the_glance_judges_the_stored_steps_and_tells_which_alerts_last(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    (folder / "config.yaml").write_text("rollout:\n  max_staleness: 2\n")
+    times = {"time/step": 10.0, "time/wait_for_batch": 5.7, "rollout/busy_s": 9.0, "note": XSS}
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps({"kind": "step", "step": n} | times) + "\n" for n in range(4, 9))
+    alert = {"kind": "alert", "time_s": 1.0, "step": 4, "text": XSS, "value": 2.0, "threshold": 1.0}
+    told = [alert | {"rule": rule, "state": "raised"} for rule in ("mismatch_kl", XSS)]
+    told += [alert | {"rule": "mismatch_kl", "state": "cleared"}, {"kind": "alert", "rule": 3}]
+    with (folder / "events.jsonl").open("a") as file:
+        file.writelines(json.dumps(event) + "\n" for event in told)
+    answer = _client(tmp_path)(f"/api/runs/{RUN}/glance").json()
+    assert answer["sentence"] == "rollout-bound: the learner waits 57% of the time; add workers or raise max_staleness"
+    assert [event["rule"] for event in answer["active"]] == [XSS]
+    assert [event["state"] for event in answer["alerts"]] == ["cleared", "raised", "raised"]
+
+
+def test_runs_of_equal_settings_but_seed_and_name_are_one_group(tmp_path: Path) -> None:
+    text = "seed: {seed}\nsteps: {steps}\nenv:\n  seed: 3\n  name: calc\nrun:\n  name: {name}\n"
+    for name, seed, steps in (("a", 1, 9), ("b", 2, 9), ("c", 2, 8)):
+        folder = make_run(tmp_path / name).rename(tmp_path / f"run-{name}")
+        (folder / "config.yaml").write_text(text.format(name=name, seed=seed, steps=steps))
+    group = {run["run"]: run["group"] for run in _client(tmp_path)("/api/runs").json()["runs"]}
+    assert group["run-a"] == group["run-b"] != group["run-c"] != ""
+
+
+def test_the_ledger_of_one_group_is_found_whatever_its_age(root: Path) -> None:
+    rows = _client(root)(f"/api/runs/{RUN}/ledger", group="train/calc/0", limit=1).json()["rows"]
+    assert [(row["group_id"], row["state"], row["step"]) for row in rows] == [("train/calc/0", "consumed", 2)]
+
+
+def test_histograms_are_of_the_rows_that_the_step_trained(root: Path) -> None:
+    answer = _client(root)(f"/api/runs/{RUN}/histograms").json()
+    assert (answer["step"], answer["n"]) == (2, 2)
+    assert answer["staleness"] == {"counts": [2], "edges": [0.5, 1.5]}  # learner version 1, sampled from version 0 on
+    assert answer["length"] == {"counts": [2], "edges": [5.5, 6.5]}
+    (low, high), counts = answer["ratio"]["edges"], answer["ratio"]["counts"]
+    assert counts == [6] and low < np.exp(0.5) < high  # three sampled tokens each, -0.5 against -1
+    assert _client(root)(f"/api/runs/{RUN}/histograms", step=9).json() == {
+        "step": 9, "n": 0, "staleness": {}, "length": {}, "ratio": {}
+    }  # fmt: skip
+
+
+def test_the_chart_library_comes_compressed_and_is_not_sent_twice(root: Path) -> None:
+    ask, until = _client(root), time.monotonic() + 20
+    plain = ask("/charts.js", headers={"accept-encoding": "identity"})
+    assert "content-encoding" not in plain.headers and len(plain.content) > 10**6
+    packed = ask("/charts.js")
+    while "content-encoding" not in packed.headers and time.monotonic() < until:
+        time.sleep(0.05)
+        packed = ask("/charts.js")
+    assert packed.headers["content-encoding"] == "gzip" and packed.content == plain.content
+    assert int(packed.headers["content-length"]) < len(plain.content) / 3
+    for path in ("/charts.js", "/static/main.js", "/"):
+        tag = ask(path).headers["etag"]
+        assert ask(path, headers={"if-none-match": tag}).status_code == 304
 
 
 @pytest.mark.parametrize(

@@ -186,13 +186,14 @@ def worker_rows(db: sqlite3.Connection) -> list[dict[str, Any]]:
     return [dict(row) for row in db.execute(sql)]
 
 
-def ledger_rows(db: sqlite3.Connection, *, state: str, before: int, limit: int) -> dict[str, Any]:
-    """Groups of the ledger, newest first; `state` "" takes all."""
+def ledger_rows(db: sqlite3.Connection, *, state: str, group: str, before: int, limit: int) -> dict[str, Any]:
+    """Groups of the ledger, newest first; `state` and `group` "" take all."""
     limit = min(max(limit, 1), MAX_ROWS)
     rows = db.execute(
         "SELECT ordinal, group_id, state, attempt, redispatched, refused_commits, worker, step, reason, last_cause "
-        "FROM groups WHERE ordinal < ? AND (? = '' OR state = ?) ORDER BY ordinal DESC LIMIT ?",
-        (before or 2**62, state, state, limit + 1),
+        "FROM groups WHERE ordinal < ? AND (? = '' OR state = ?) AND (? = '' OR group_id = ?) "
+        "ORDER BY ordinal DESC LIMIT ?",
+        (before or 2**62, state, state, group, group, limit + 1),
     ).fetchall()
     shown = [dict(row) for row in rows[:limit]]
     return {"rows": shown, "next": shown[-1]["ordinal"] if len(rows) > limit else None}

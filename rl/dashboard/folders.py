@@ -1,10 +1,13 @@
 """Which folder a run's name means, and no path out of it: names and files come from a browser."""
 
+import functools
+import hashlib
 import re
 from pathlib import Path
 
 from rl.run_folder import LATEST, RunFolder
 
+MAX_CONFIG_BYTES = 2**20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
@@ -44,3 +47,25 @@ def read_text(folder: RunFolder, path: Path, max_bytes: int) -> str:
     if size > max_bytes:
         raise Refused(f"{path.name} has {size} bytes; shown are at most {max_bytes}")
     return real.read_text(encoding="utf-8", errors="replace")
+
+
+def config_group(folder: RunFolder) -> str:
+    """The same for runs whose settings differ in the seed and the run's name alone; "" without readable settings."""
+    try:
+        path = confined(folder, folder.config)
+        stat = path.stat()
+    except (NotThere, OSError):
+        return ""
+    return _config_group(path, stat.st_mtime_ns) if stat.st_size <= MAX_CONFIG_BYTES else ""
+
+
+@functools.lru_cache(maxsize=1000)
+def _config_group(path: Path, _: int) -> str:
+    """Lines are compared, not values: config.yaml is written in one order, and reading YAML takes 10 ms a run."""
+    kept, section = [], ""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not line.startswith(" "):
+            section = line
+        if not line.startswith("seed:") and not (section == "run:" and line.startswith("  name:")):
+            kept.append(line)
+    return hashlib.sha256("\n".join(kept).encode()).hexdigest()[:12]

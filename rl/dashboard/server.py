@@ -5,7 +5,6 @@ files at the time of asking; nothing is kept but the columns of metrics.jsonl.
 """
 
 import functools
-import importlib.util
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
@@ -14,24 +13,23 @@ from typing import Any
 import yaml
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from rl.dashboard import database, processes
-from rl.dashboard.folders import NotThere, Refused, confined, find_run, read_text
+from rl.dashboard import database, overview, processes
+from rl.dashboard.folders import NotThere, Refused, config_group, confined, find_run, read_text
 from rl.dashboard.metrics import MetricTables
 from rl.dashboard.security import Access, Guard
+from rl.dashboard.static_files import STATIC, ChartLibrary, send_file, send_static
 from rl.dashboard.stream import MAX_STREAMS, follow
 from rl.run_folder import RunFolder, list_runs
 from rollout.codec import plain
 
-STATIC = Path(__file__).parent / "static"
 MAX_ANSWER_BYTES = 8 * 2**20
 MAX_POINTS = 2000
 MAX_SERIES = 256
 MAX_RUNS = 500
 MAX_FILE_BYTES = 2**20
-TYPES = {".js": "text/javascript", ".css": "text/css", ".html": "text/html", ".svg": "image/svg+xml"}
 
 
 class Stop:
@@ -58,9 +56,8 @@ class Dashboard:
             summary = {
                 k: run.summary.get(k) for k in ("env", "seed", "success_before", "success_after", "train_seconds")
             }
-            found.append(
-                {"run": run.name, "fault": run.fault, "error": state.error if state else "", **facts, **summary}
-            )
+            told = {"run": run.name, "fault": run.fault, "error": state.error if state else ""}
+            found.append({**told, **facts, **summary, "group": config_group(RunFolder(path=run.path))})
         return {"runs": found}
 
     def run(self, folder: RunFolder, _: Mapping[str, str]) -> dict[str, Any]:
@@ -79,6 +76,14 @@ class Dashboard:
             "trajectories": self._database(folder, database.counts, {}),
             "cursor": str(table.cursor),
         }
+
+    def glance(self, folder: RunFolder, _: Mapping[str, str]) -> dict[str, Any]:
+        bound = _flat(_yaml(read_text(folder, folder.config, MAX_FILE_BYTES))).get("rollout.max_staleness")
+        return overview.glance(folder, bound if isinstance(bound, int) else 0)
+
+    def histograms(self, folder: RunFolder, query: Mapping[str, str]) -> dict[str, Any]:
+        step = _whole(query, "step", 0, 0, 2**62)
+        return self._database(folder, lambda db: overview.histograms(db, step), {"step": 0, "n": 0})
 
     def series(self, folder: RunFolder, query: Mapping[str, str]) -> dict[str, Any]:
         keys = [key for key in query.get("keys", "").split(",") if key]
@@ -120,7 +125,8 @@ class Dashboard:
         path = confined(folder, folder.ledger)
         before, state = _whole(query, "before", 0, 0, 2**62), query.get("state", "")
         with database.reading(path) as db:
-            answer = database.ledger_rows(db, state=state, before=before, limit=_whole(query, "limit", 50, 1, 200))
+            limit = _whole(query, "limit", 50, 1, 200)
+            answer = database.ledger_rows(db, state=state, group=query.get("group", ""), before=before, limit=limit)
         try:
             return answer | {"audit": read_audit(path)}
         except LedgerError as error:
@@ -156,8 +162,10 @@ class Dashboard:
 
 def make_app(root: Path, access: Access, stop: Stop | None = None) -> Guard:
     """The application, to be served by any ASGI server."""
-    board = Dashboard(root, stop or Stop())
+    board, charts = Dashboard(root, stop or Stop()), ChartLibrary()
     of_run = (
+        "glance",
+        "histograms",
         "series",
         "trajectories",
         "facets",
@@ -170,9 +178,9 @@ def make_app(root: Path, access: Access, stop: Stop | None = None) -> Guard:
         "events",
     )
     routes = [
-        Route("/", _file(STATIC / "index.html")),
-        Route("/static/{name}", _static),
-        Route("/charts.js", _file(chart_library())),
+        Route("/", lambda request: send_file(request, STATIC / "index.html")),
+        Route("/static/{name}", send_static),
+        Route("/charts.js", charts.send),
         Route("/api/runs", _answer(board, board.runs)),
         Route("/api/runs/{run}", _answer_of_run(board, board.run)),
         *(Route(f"/api/runs/{{run}}/{name}", _answer_of_run(board, getattr(board, name))) for name in of_run),
@@ -183,14 +191,6 @@ def make_app(root: Path, access: Access, stop: Stop | None = None) -> Guard:
         Route("/api/runs/{run}/stream", functools.partial(_stream, board)),
     ]
     return Guard(Starlette(routes=routes), access)
-
-
-def chart_library() -> Path:
-    """The JavaScript that the installed plotly package carries. Found without importing it."""
-    spec = importlib.util.find_spec("plotly")
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("No module named 'plotly'", name="plotly")
-    return Path(spec.submodule_search_locations[0]) / "package_data" / "plotly.min.js"
 
 
 # --- requests and answers -------------------------------------------------------------------------------------------
@@ -235,17 +235,6 @@ def _failure(error: Exception) -> Response:
 
 def _error(status: int, text: str) -> Response:
     return JSONResponse({"error": plain(text.encode("utf-8", "replace").decode())}, status)
-
-
-def _file(path: Path) -> Callable[[Request], Response]:
-    return lambda request: FileResponse(path, media_type=TYPES[path.suffix], headers={"cache-control": "no-cache"})
-
-
-def _static(request: Request) -> Response:
-    path = STATIC / request.path_params["name"]
-    if path.parent != STATIC or path.suffix not in TYPES or not path.is_file():
-        return _error(404, "no such file")
-    return _file(path)(request)
 
 
 def _csv(board: Dashboard, request: Request) -> Response:

@@ -1,18 +1,17 @@
-// Charts by plotly, whose JavaScript the server takes out of the installed Python package. Loaded with the first chart.
+// Charts by plotly, whose JavaScript the server takes out of the installed Python package. index.html begins to load it
+// beside our own modules; whoever draws waits for it.
 
 const COLORS = ["#1f77b4", "#d95f02", "#2b9348", "#7b4fb5", "#c2185b", "#8c6d31", "#00838f", "#616161"];
 let loading = null;
 
 export function library() {
-  if (!loading) {
-    loading = new Promise((resolve, reject) => {
-      const script = document.createElement("script");
-      script.src = "/charts.js";
-      script.onload = () => resolve(window.Plotly);
-      script.onerror = () => reject(new Error("the chart library did not load"));
-      document.head.append(script);
-    });
-  }
+  loading = loading || new Promise((resolve, reject) => {
+    if (window.Plotly) return resolve(window.Plotly);
+    const judge = () => (window.Plotly ? resolve(window.Plotly) : reject(new Error("the chart library did not load")));
+    document.getElementById("charts").addEventListener("load", judge);
+    if (document.readyState === "complete") judge(); // it failed before anybody drew
+    else window.addEventListener("load", judge);
+  });
   return loading;
 }
 
@@ -49,6 +48,17 @@ export async function drawTimeline(node, spans) {
   });
   const shape = layout("", { xTitle: "seconds since the run began", legend: true });
   await plotly.react(node, traces, { ...shape, barmode: "overlay", yaxis: { type: "category", automargin: true } }, options("timeline"));
+}
+
+// panels: [{name, counts, edges}], drawn as bars between their edges, side by side
+export async function drawHistograms(nodes, panels) {
+  const plotly = await library();
+  await Promise.all(panels.map(({ name, counts, edges }, i) => {
+    if (!nodes[i].isConnected) return null;
+    const bars = { type: "bar", marker: { color: COLORS[0] }, x: counts.map((_, k) => (edges[k] + edges[k + 1]) / 2), y: counts,
+      width: counts.map((_, k) => edges[k + 1] - edges[k]) };
+    return plotly.react(nodes[i], [bars], { ...layout(name), bargap: 0 }, options(name));
+  }));
 }
 
 export async function forget(nodes) {

@@ -3,17 +3,20 @@
 import { ask, follow } from "./api.js";
 import { drawLines, library } from "./charts.js";
 import { el, fill, link, num } from "./dom.js";
+import { alertsNode, glanceOf, histogramsNode } from "./glance.js";
 
 // Names as in docs/runs.md. A name that ends in * stands for all that begin so.
 const PANELS = [
-  ["A. Learning", [["eval/success", "eval/ci95_low", "eval/ci95_high"], ["reward/mean", "reward/*"],
+  ["A. Learning", [["eval/success", "eval/ci95_low", "eval/ci95_high"], ["reward/mean", "reward/*"], ["eval/success/*", "eval/call_rate/*"],
     ["group/frac_mixed", "group/frac_all_good", "group/frac_all_bad"], ["curriculum/*"]]],
   ["B. Off-policy health", [["off_policy/lag/mean", "off_policy/lag/max"], ["policy/mismatch_kl/mean", "policy/mismatch_kl/max"],
-    ["policy/ess_ratio"], ["policy/importance_ratio/mean", "policy/importance_ratio/max"]]],
-  ["C. Optimisation", [["loss/policy"], ["policy/entropy"], ["optim/grad_norm"], ["policy/clip_fraction", "policy/kl"], ["optim/lr"], ["advantage/std"]]],
-  ["D. Throughput", [["trainer/tok_s"], ["rollout/episodes_s"], ["time/trainer_idle_ratio"], ["time/step", "time/wait_for_batch", "time/train"], ["weight_sync/latency_s"]]],
+    ["policy/ess_ratio"], ["off_policy/lag/count/*"], ["policy/mismatch_kl/lag/*"], ["off_policy/versions_per_trajectory"], ["policy/logprob_abs_diff/mean", "policy/logprob_abs_diff/max"],
+    ["selection_bias/*"], ["policy/importance_ratio/mean", "policy/importance_ratio/max"]]],
+  ["C. Optimisation", [["loss/policy"], ["policy/entropy"], ["optim/grad_norm"], ["policy/clip_fraction", "policy/kl"], ["optim/lr"], ["advantage/mean", "advantage/std"], ["rows/*"]]],
+  ["D. Throughput", [["trainer/tok_s"], ["rollout/busy_s"], ["rollout/episodes_s"], ["time/trainer_idle_ratio", "time/rollout_idle_ratio"],
+    ["time/step", "time/wait_for_batch", "time/forward_backward", "time/sync", "time/checkpoint", "time/other"], ["weight_sync/latency_s"]]],
   ["E. Queue", [["queue/ready_groups", "queue/in_flight"], ["queue/oldest_age_s"]]],
-  ["F. Episodes and tools", [["episode/turns/mean"], ["episode/tokens/mean"], ["tool/calls_mean", "tool/error_ratio"], ["stop/*"], ["env/error_ratio"]]],
+  ["F. Episodes and tools", [["episode/turns/mean"], ["episode/tokens/mean"], ["tool/calls_mean"], ["tool/error_ratio", "tool/overuse", "tool/underuse", "tool/cost_share"], ["rollout/episode_s/mean", "rollout/env_s/mean"], ["stop/*"], ["env/error_ratio"]]],
   ["G. Health", [["workers/healthy"], ["faults/restarts", "faults/redispatched", "faults/dropped_groups"], ["monitor/non_finite", "monitor/dropped", "loss/nan_count"]]],
 ];
 const NUMBERS = ["reward/mean", "eval/success", "off_policy/lag/max", "policy/entropy", "policy/mismatch_kl/mean", "optim/grad_norm",
@@ -21,10 +24,11 @@ const NUMBERS = ["reward/mean", "eval/success", "off_policy/lag/max", "policy/en
 
 export async function overviewView(view, run, query, signal) {
   library().catch(() => {}); // on its way while the server reads; drawing tells what goes wrong
-  const facts = await ask(["runs", run], {}, signal);
+  const [facts, told] = await Promise.all([ask(["runs", run], {}, signal), glanceOf(run, signal)]);
   const known = facts.keys.map(({ key }) => key);
   const latest = Object.fromEntries(facts.keys.map(({ key, last }) => [key, last]));
   const state = el("p", { id: "state" });
+  const glance = el("div", { id: "glance" }, alertsNode(told));
   const numbers = el("div", { class: "numbers" });
   const counts = Object.entries(facts.trajectories).map(([status, n]) => link(["run", run, "trajectories"], { status }, `${n} ${status} `));
   const charts = [];
@@ -37,7 +41,8 @@ export async function overviewView(view, run, query, signal) {
       return node;
     })));
   });
-  fill(view, el("h1", {}, run), state, el("p", {}, "trajectories: ", counts.length ? counts : "none yet"), numbers, panels);
+  fill(view, el("h1", {}, run), glance, state, el("p", {}, "trajectories: ", counts.length ? counts : "none yet"), numbers, panels,
+    histogramsNode(run, query.step || "", signal));
   showState(state, facts.state);
   showNumbers(numbers, latest);
 
@@ -63,14 +68,20 @@ export async function overviewView(view, run, query, signal) {
     }
   };
   const started = draw();
-  let due = null;
+  let [due, judging] = [null, null];
+  const judge = () => { judging = judging || setTimeout(async () => {
+    judging = null;
+    try { if (!signal.aborted) fill(glance, alertsNode(await glanceOf(run, signal))); } catch { /* the next line asks again */ }
+  }, 1500); };
   follow(run, cursor, {
     metrics: ({ rows }) => {
       for (const row of rows) append(store, row);
       for (const row of rows) for (const key of NUMBERS) if (key in row) latest[key] = row[key];
       showNumbers(numbers, latest);
+      judge();
       if (!due) due = setTimeout(() => { due = null; if (!signal.aborted) draw(); }, 500);
     },
+    event: ({ rows }) => { if (rows.some((row) => row.kind === "alert")) judge(); },
     state: (now) => showState(state, now),
     reset: () => window.dispatchEvent(new HashChangeEvent("hashchange")), // the run went back to a checkpoint
   }, signal);

@@ -33,10 +33,18 @@ export async function runsView(view, query, signal) {
       ["run", (run) => link(["run", run.run, "overview"], {}, run.run)],
       ["status", (run) => el("span", { class: run.status === "failed" || run.status === "crashed" || run.fault ? "bad" : null, title: run.error || run.fault }, run.status || "unreadable")],
       ["step", (run) => num(run.step), true],
+      ["settings", (run) => (run.group ? el("button", { title: "tick the runs of equal settings, all but the seed", onclick: () => together(run.group) }, run.group.slice(0, 4)) : "")],
       ["env", (run) => run.env || ""], ["seed", (run) => num(run.seed), true],
       ["success before", (run) => num(run.success_before, 3), true], ["success after", (run) => num(run.success_after, 3), true],
       ["started", (run) => (run.started_s ? new Date(run.started_s * 1000).toISOString().slice(0, 16).replace("T", " ") : "")],
     ], runs));
+
+  function together(group) {
+    chosen.clear();
+    runs.filter((run) => run.group === group).forEach((run) => chosen.add(run.run));
+    history.replaceState(null, "", hash([], { ...choice, mean: "1", runs: [...chosen].join(",") }));
+    window.dispatchEvent(new HashChangeEvent("hashchange"));
+  }
 
   async function draw() {
     const asked = [...chosen].filter((name) => runs.some((run) => run.run === name)).slice(0, 32);
@@ -56,14 +64,15 @@ export async function runsView(view, query, signal) {
   if (first) ask(["runs", first], {}, signal).then(({ keys }) => fill(names, keys.map(({ key }) => el("option", { value: key })))).catch(() => {});
 }
 
-// Runs that differ in nothing but the seed share an environment and a number of seeds: grouped by environment here.
+// One line for the runs of equal settings, all but the seed: its mean and its range.
 function bySeries(lines, runs) {
   const groups = new Map();
   for (const line of lines) {
-    const env = runs.find((run) => run.run === line.run)?.env || line.run;
-    groups.set(env, [...(groups.get(env) || []), line]);
+    const run = runs.find(({ run: name }) => name === line.run);
+    const key = run?.group || line.run;
+    groups.set(key, { env: run?.env || line.run, members: [...(groups.get(key)?.members || []), line] });
   }
-  return [...groups].map(([env, members]) => [`${env}, ${members.length} runs`, members]);
+  return [...groups].map(([key, { env, members }]) => [`${env} ${key.slice(0, 4)}, ${members.length} runs`, members]);
 }
 
 function check(title, value, onchange) {

@@ -14,19 +14,19 @@ export async function workersView(view, run, query, signal) {
 }
 
 export async function ledgerView(view, run, query, signal) {
-  const { audit, rows, next } = await ask(["runs", run, "ledger"], { state: query.state, before: query.before }, signal);
+  const { audit, rows, next } = await ask(["runs", run, "ledger"], { state: query.state, group: query.group, before: query.before }, signal);
   const states = ["queued", "leased", "committed", "consumed", "dropped"];
-  const shown = query.group ? rows.filter((row) => row.group_id === query.group) : rows;
+  const balance = states.map((name) => `${name === "dropped" ? Object.values(audit.dropped).reduce((a, b) => a + b, 0) : audit[name]} ${name}`).join(" + ");
   const siblings = query.group ? await ask(["runs", run, "trajectories"], { group: query.group }, signal) : null;
   fill(view, el("h1", {}, "Ledger"),
-    el("p", { class: audit.balanced ? "verdict" : "verdict bad" }, audit.balanced ? "Every group that was issued is in exactly one state." : "The counts do not add up to the groups issued."),
+    el("p", { id: "balance", class: audit.balanced ? "verdict" : "verdict bad" }, `${audit.issued} issued ${audit.balanced ? "=" : "≠"} ${balance}. `, audit.balanced ? "Every group that was issued is in exactly one state." : "The counts do not add up to the groups issued."),
     el("div", { class: "numbers" }, Object.entries(audit).filter(([, value]) => typeof value === "number").map(([name, value]) =>
       el("div", { "data-audit": name }, el("b", {}, value), el("span", { class: "dim" }, name.replaceAll("_", " "))))),
     el("p", {}, "dropped: ", Object.entries(audit.dropped).map(([why, n]) => `${why} ${n}`).join(", ") || "none"),
     siblings ? el("p", {}, link(["run", run, "trajectories"], { group: query.group }, `${siblings.rows.length} trajectories of ${query.group}`)) : null,
     el("div", { class: "bar" }, select([["", "any state"], ...states.map((s) => [s, s])], query.state || "", (state) => { location.hash = hash(["run", run, "ledger"], { state }); })),
     table([["#", (g) => g.ordinal, true], ["group", (g) => link(["run", run, "trajectories"], { group: g.group_id }, g.group_id)], ["state", (g) => g.state],
-      ["lineage", lineage], ["worker", (g) => text(g.worker)], ["last trouble", (g) => text(g.last_cause)]], shown),
+      ["lineage", lineage], ["worker", (g) => text(g.worker)], ["last trouble", (g) => text(g.last_cause)]], rows),
     el("p", {}, next ? link(["run", run, "ledger"], { state: query.state, before: next }, "older") : "no more"));
 }
 

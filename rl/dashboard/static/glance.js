@@ -1,0 +1,39 @@
+// The top and the foot of the overview: what limits the run, its alerts, and how one step's trajectories were spread.
+
+import { ask } from "./api.js";
+import { drawHistograms } from "./charts.js";
+import { el, fill, num, table, text } from "./dom.js";
+
+const SPREADS = [["staleness", "staleness (versions)"], ["ratio", "ratio exp(learner - rollout)"], ["length", "length (tokens)"]];
+
+export function glanceOf(run, signal) {
+  return ask(["runs", run, "glance"], {}, signal);
+}
+
+export function alertsNode({ limit, sentence, active, alerts }) {
+  const line = el("p", { id: "verdict", class: "verdict", "data-limit": limit }, sentence);
+  const lasting = active.map((alert) => el("p", { class: "verdict bad", "data-alert": alert.rule }, el("b", {}, alert.rule), `: ${text(alert.text)}`));
+  if (!alerts.length) return [line, el("p", { class: "dim", id: "alerts" }, "no alerts")];
+  const rows = table([["time (s)", (a) => num(a.time_s), true], ["step", (a) => num(a.step), true], ["rule", (a) => a.rule], ["", (a) => a.state],
+    ["value", (a) => num(a.value), true], ["limit", (a) => num(a.threshold), true], ["what", (a) => text(a.text)]], alerts);
+  return [line, lasting, el("details", { id: "alerts", open: active.length > 0 }, el("summary", {}, `${alerts.length} alerts, ${active.length} active`), rows)].flat();
+}
+
+// Drawn when it comes; the overview does not wait for it.
+export function histogramsNode(run, step, signal) {
+  const title = el("span", {});
+  const grid = el("div", { class: "grid" });
+  const draw = async (asked) => {
+    const found = await ask(["runs", run, "histograms"], { step: asked }, signal);
+    const shown = SPREADS.filter(([name]) => found[name]?.counts);
+    fill(title, found.n ? ` the ${found.n} trajectories of ` : ` no trained trajectory of `);
+    input.value = found.step || asked;
+    const nodes = shown.map(([name]) => el("div", { class: "chart", "data-histogram": name }));
+    fill(grid, nodes);
+    await drawHistograms(nodes, shown.map(([name, words]) => ({ ...found[name], name: words })));
+  };
+  const later = (asked) => draw(asked).catch((error) => { if (!signal.aborted) fill(title, error.message); });
+  const input = el("input", { size: 5, value: step, "aria-label": "step of the histograms", onchange: () => later(input.value) });
+  later(step);
+  return el("section", {}, el("h2", {}, "One step"), el("p", {}, title, "step ", input), grid);
+}
