@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import secrets
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -146,6 +147,7 @@ def start_ray(config: TrainConfig, namespace: str) -> None:
     `address="local"` because a bare init would join any cluster that happens to run on this machine. The token lives in
     this process and its children only: Ray listens on every interface, and its own token file is readable by others.
     """
+    _check_address(config.cluster.address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves a run wherever anything else is busy
     if config.cluster.address == "local" and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
@@ -167,6 +169,18 @@ def start_ray(config: TrainConfig, namespace: str) -> None:
             logging_level=logging.ERROR,
             **options,
         )
+
+
+def _check_address(address: str) -> None:
+    """Raise `ClusterError` where nothing listens at IP:port: Ray itself would keep asking for minutes."""
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or "//" in host:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        why = f"no Ray head answers there ({error}); `ray start --head` prints its address"
+        raise ClusterError(f"cluster.address={address}: {why}") from None
 
 
 @contextmanager

@@ -5,6 +5,7 @@ The clusters are simulated: several nodes on this machine, with GPUs in name onl
 
 import json
 import secrets
+import socket
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from conf.checks import ConfigError
 from conf.loading import load_config
 from conf.schema import TrainConfig
 from policy.device import claim_device
-from rl.cluster import node_problem, reserve, with_absolute_paths
+from rl.cluster import ClusterError, node_problem, reserve, start_ray, with_absolute_paths
 from rl.placement import Bundle, NodeCapacity, PlacementError, Plan, check_fits, plan
 from rl.run_folder import RunFolder
 from rollout.ledger import read_audit
@@ -129,6 +130,13 @@ def test_a_node_without_the_run_folder_or_the_weights_says_so(tmp_path: Path) ->
     config = load_config([f"policy.init={tmp_path / 'warm.safetensors'}"])
     (tmp_path / "warm.safetensors").unlink()
     assert "warm.safetensors" in node_problem(config, str(tmp_path))
+
+
+def test_an_address_where_nothing_listens_is_refused_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(ClusterError, match=f"cluster.address=127.0.0.1:{port}: no Ray head answers there"):
+        start_ray(load_config([f"cluster.address=127.0.0.1:{port}"]), "test")
 
 
 def test_files_are_named_by_their_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
