@@ -131,12 +131,7 @@ async def play_session(
         async with lock.trajectory():
             if host is not None:
                 failpoint("reset")
-                reset = await asyncio.wait_for(host.open(session_id, task), session.left_s)
-                if reset.failure is not None:
-                    raise _EnvFailed(reset.failure)
-                session.env_messages, session.env_tools = reset.messages, reset.tools
-                session.facts = {"task_id": task.task_id, "env_id": task.env_id, "seed": task.seed, "level": task.level}
-                digest, meta = reset.problem_digest, dict(reset.meta)
+                digest, meta = await _open(session, host, session_id, task)
             desk.offer(session)
             end = await _end_of(session)
             verdict = await _judge(end, session, host, session_id, settings, meta)
@@ -162,6 +157,16 @@ async def play_session(
         )
         for n, row in enumerate(rows)
     ]
+
+
+async def _open(session: ServedSession, host: EnvHost, key: str, task: Task) -> tuple[str, dict[str, Any]]:
+    """Reset the task's environment; (problem digest, meta)."""
+    reset = await asyncio.wait_for(host.open(key, task), session.left_s)
+    if reset.failure is not None:
+        raise _EnvFailed(reset.failure)
+    session.env_messages, session.env_tools = reset.messages, reset.tools
+    session.facts = {"task_id": task.task_id, "env_id": task.env_id, "seed": task.seed, "level": task.level}
+    return reset.problem_digest, dict(reset.meta)
 
 
 async def _end_of(session: ServedSession) -> SessionEnd:
