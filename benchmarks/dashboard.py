@@ -309,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = {"metric_points": STEPS * len(METRICS), "trajectories": TRAJECTORIES + 1, "largest_bytes": LARGE_BYTES}
     ratios = {name: cost[name] for name in ("server_cpu_share", "slowdown") if name in cost}
     figures = size | scale | cost
-    result = {"name": "dashboard", "ratios": ratios, "figures": figures, "machine": machine, "paired": True}
+    result = {"name": "dashboard", "ratios": ratios, "figures": figures, "machine": machine, "paired": bool(cost)}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result) if arguments.json else json.dumps(figures, indent=2))
