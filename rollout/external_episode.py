@@ -114,8 +114,8 @@ async def play_session(
     failpoint: Callable[[str], None] = lambda phase: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Trajectory]:
-    """Play one session to its end: a trajectory for each of its token rows, at least one. `host` None: no environment,
-    the agent brings its own task and reward."""
+    """Play one session to its end: a trajectory for each token row, at least one. `host` None: no environment."""
+    failpoint("reset")
     session = ServedSession(
         session_id.replace("/", "."),  # it stands in addresses
         engine=engine,
@@ -130,11 +130,9 @@ async def play_session(
     try:
         async with lock.trajectory():
             if host is not None:
-                failpoint("reset")
                 digest, meta = await _open(session, host, session_id, task)
             desk.offer(session)
-            end = await _end_of(session)
-            verdict = await _judge(end, session, host, session_id, settings, meta)
+            verdict = await _judge(await _end_of(session), session, host, session_id, settings, meta)
     except Exception as error:  # episode capture: whatever failed becomes data of this one session
         verdict = _failure(error)
     finally:
