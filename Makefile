@@ -1,5 +1,6 @@
 # make demo    set up, train a tiny model to use tools, evaluate it          SEED=2, ARGS="steps=30", ENGINE=vllm
 # make test    set up, check style and types, run every test                 PYTEST_ARGS="-m 'not slow'"
+# make docs    the documentation as a website: open site/index.html
 # make setup   the virtual environment alone     make lint     checks alone     make clean     remove it
 #
 # PYTHON=python3.12   another interpreter (>= 3.11)          VENV=.venv   another place for the environment
@@ -25,7 +26,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
   done)
 PIP := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup setup-test setup-local setup-vllm demo test lint clean
+.PHONY: help setup setup-test setup-local setup-vllm demo test lint docs clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -87,6 +88,9 @@ lint: setup-test
 test: lint
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+docs: setup-test
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis site .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

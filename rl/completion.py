@@ -31,14 +31,20 @@ ZSH = """\
 _shoal() {
     local -a candidates
     candidates=("${(@f)$("${words[1]}" completion words "${(j: :)words[1,CURRENT]}" 2>/dev/null)}")
-    compadd -S '' -- ${candidates:#}
-    (( ${#candidates:#} )) || _files
+    candidates=(${candidates:#})
+    (( ${#candidates} )) || { _files; return }
+    compadd -S '' -- ${(M)candidates:#*=}
+    compadd -- ${candidates:#*=}
 }
-compdef _shoal shoal
+if [ "${funcstack[1]}" = _shoal ]; then _shoal "$@"; else compdef _shoal shoal; fi
 """
 FISH = """\
 # shoal completion fish > ~/.config/fish/completions/shoal.fish
-complete -c shoal -a '(set -l line (commandline -cp); command shoal completion words "$line" 2>/dev/null)'
+function __shoal_words
+    set -l found (command shoal completion words (commandline -cp | string collect) 2>/dev/null)
+    test -n "$found"; and printf '%s\\n' $found; or __fish_complete_path (commandline -ct)
+end
+complete -c shoal -f -a '(__shoal_words)'
 """
 SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
 

@@ -257,7 +257,8 @@ def main(config: TrainConfig) -> int:
     )
     if folder:
         folder.finish("finished")
-    print(f"weights {path}\nuse them: shoal train env={config.env.name} policy.init={path}")
+    chosen = config.env.id if ":" in config.env.id else config.env.name
+    print(f"weights {path}\nuse them: shoal train env={chosen} policy.init={path}")
     return 0
 
 

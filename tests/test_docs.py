@@ -1,42 +1,92 @@
-"""What the documentation says is so: its code runs, its links lead somewhere, its tables are those of the code."""
+"""What the documentation says is so: its code runs, its links lead somewhere, its tables are those of the code.
+
+Every block of code runs, here or in the test that `ELSEWHERE` names, or says why not, just above itself:
+*(not run here: it trains for minutes)*. What is typed in one is parsed and its settings are checked all the same.
+"""
 
 import importlib
 import json
 import re
 import sys
+import tomllib
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
-from rl.cli import main
+from conf.loading import expand_sweep, load_config
+from rl.cli import SHOAL, main
+from rl.command import CommandTable, parser_of
+from rl.preflight import check_parts
 from rollout.trajectory import StopReason
 from scripts.config_table import with_tables
-from tests.training import SMALL
+from tests.documentation import (
+    DOCS,
+    FENCE,
+    PAGES,
+    ROOT,
+    Block,
+    blocks,
+    commands,
+    examples,
+    looks_as_shown,
+    shoal_words,
+    without_code,
+    write_files,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-DOCS = ROOT / "docs"
-PAGES = [*sorted(DOCS.glob("*.md")), *ROOT.glob("README.md")]
-FENCE = re.compile(r"^(<!-- not run -->\n+)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s#]*)(?:#([^)\s]+))?\)")
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one finished run. Its policy is random and earns nothing, so an advantage is made up."""
-    root = tmp_path_factory.mktemp("documented") / "runs"
-    words = ["env=tool_gate", "steps=2", "evaluation.every=1", "evaluation.tasks=4", "rollout.max_turn_tokens=8"]
-    advantage = "learner.loss.advantage=tests.training:first_is_best"
-    assert main(["train", *SMALL, *words, advantage, f"run.root={root}"]) == 0
-    return root
+CHEAP = re.compile(
+    r"(PYTHONPATH=\S+ )?shoal( (ls|show|top|report|plot|diff|audit|doctor|completion|env (list|new|check))( .*)?"
+    r"| train .*dry_run=true| (\w+ )*--help|)"
+)
+ELSEWHERE = {
+    "debugging-environments.md": "test_docs_debugging.py",
+    "first-ten-minutes.md": "test_docs_first_ten_minutes.py",
+    "make demo": "test_docs_first_ten_minutes.py",
+    "source <(shoal completion bash)": "test_rl_completion.py",
+}
+"""Whole pages, and single commands, that another test runs."""
+STAND_INS = {"RUN": "first-run", "DIR": "a_model", "N": "1"}
+FILES = re.compile(r"(?:policy\.init|sft\.output)=(\S+\.safetensors)")
 
 
 def python_blocks(page: Path) -> Iterator[tuple[int, str]]:
-    """(line, code) of every block that is not marked as not run."""
-    text = page.read_text()
-    for block in FENCE.finditer(text):
-        if block[2] == "python" and not block[1]:
-            yield text.count("\n", 0, block.start(3)), block[3]
+    """(lines before it, code) of every block that is run."""
+    for block in blocks(page):
+        if block.kind == "python" and not block.why_not:
+            yield block.line - 1, block.text
+
+
+def typed(block: Block) -> list[str]:
+    """The commands of a block, none where it is no shell's."""
+    kinds = {"shell": commands, "console": lambda block: (command for command, _ in examples(block))}
+    return list(kinds[block.kind](block)) if block.kind in kinds else []
+
+
+def runs_now(page: Path) -> Iterator[tuple[Block, str, str]]:
+    """(block, command, output that is shown) of all that this test runs."""
+    for block in blocks(page):
+        if page.name not in ELSEWHERE and block.kind in ("shell", "console") and is_run(block):
+            outputs = dict(examples(block)) if block.kind == "console" else {}
+            for command in typed(block):
+                if command not in ELSEWHERE:
+                    yield block, command, outputs.get(command, "...")
+
+
+def runs_here(command: str) -> bool:
+    return CHEAP.fullmatch(command) is not None
+
+
+def is_run(block: Block) -> bool:
+    """Whether some test runs all of it; YAML, TOML and JSON are read."""
+    if block.page.name in ELSEWHERE or block.kind in ("python", "yaml", "toml", "json"):
+        return not block.why_not
+    return block.kind in ("shell", "console") and all(
+        runs_here(command) or command in ELSEWHERE for command in typed(block)
+    )
 
 
 def table_names(page: Path, heading: str) -> list[str]:
@@ -45,14 +95,88 @@ def table_names(page: Path, heading: str) -> list[str]:
     return [name for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for name in re.findall(r"`(.*?)`", row)]
 
 
-def without_code(text: str) -> str:
-    return re.sub(r"`[^`\n]*`", "", FENCE.sub("", text))
-
-
 def anchors(text: str) -> set[str]:
     """As GitHub makes them of headings."""
     titles = re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.fixture
+def folder(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The working directory of a reader who has written every file that a page shows, beside two finished runs."""
+    (tmp_path / "runs").symlink_to(runs)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    monkeypatch.setenv("JUDGE_KEY", "a key that nobody asks for")
+    modules = [name for page in PAGES for name in write_files(page, tmp_path)]
+    (tmp_path / "a_model").mkdir()
+    (tmp_path / "a_model" / "config.json").write_text("{}")
+    yield tmp_path
+    for module in modules:
+        sys.modules.pop(module.replace("/", "."), None)
+
+
+def test_every_block_of_code_runs_or_says_why_not(capsys: pytest.CaptureFixture[str]) -> None:
+    code = [block for page in PAGES for block in blocks(page) if block.kind != "text"]
+    silent = [block.where for block in code if not is_run(block) and not block.why_not]
+    assert silent == [], "just above the block belongs a line such as *(not run here: it trains for minutes)*"
+    needless = [block.where for block in code if block.why_not and block.kind in ("shell", "console") and is_run(block)]
+    assert needless == [], "a test runs these: the remark above them is wrong"
+    with capsys.disabled():
+        print(f"\ncode blocks: {sum(map(is_run, code))} run, {sum(not is_run(block) for block in code)} not run")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_is_typed_on_a_page_is_understood(page: Path, folder: Path) -> None:
+    """Commands and options exist; settings have allowed values; extras and targets are those of this checkout."""
+    makefile, extras = (ROOT / "Makefile").read_text(), tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for block in blocks(page):
+        read = {"yaml": yaml.safe_load, "toml": tomllib.loads, "json": json.loads}
+        if block.kind in read:
+            assert read[block.kind](block.text), block.where
+        for command in typed(block):
+            for target in re.findall(r"^make (\w+)", command):
+                assert f"\n{target}:" in makefile, f"{block.where}: {command}"
+            for extra in re.findall(r"shoal\[(\w[\w-]*)\]", command):
+                assert extra in extras["optional-dependencies"], f"{block.where}: {command}"
+            words = shoal_words(command)
+            if words and page.name not in ELSEWHERE:
+                understood(words, f"{block.where}: {command}", folder)
+
+
+def understood(words: list[str], where: str, folder: Path) -> None:
+    """Raise where `shoal WORDS` would be refused; nothing is run."""
+    for name in FILES.findall(" ".join(words)):
+        (folder / name).touch()
+    words = [re.sub(r"\b[A-Z]+\b", lambda word: STAND_INS.get(word[0], word[0]), word) for word in words]
+    table, program, rest = SHOAL, "shoal", words
+    while isinstance(table, CommandTable):
+        assert rest and rest[0] in table.commands, where
+        program, (name, *rest), table = f"{program} {rest[0]}", rest, table.commands[rest[0]]
+    parser = parser_of(program, table)
+    try:
+        args: Namespace = parser.parse_args(rest) if table.takes_rest else parser.parse_intermixed_args(rest)
+    except SystemExit as stop:
+        assert not stop.code, where
+        return
+    if name in ("train", "sft"):
+        several = "multirun" in args and args.multirun
+        for overrides in expand_sweep(args.overrides) if several else [args.overrides]:
+            config = load_config(overrides, search_paths=args.config_dir)
+            check_parts(config, trains=name == "train")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if any(runs_now(page))], ids=lambda page: page.stem)
+def test_commands_on_a_page_run(page: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In order and in one folder; an output that is shown is what comes, but for its numbers."""
+    for block, command, shown in runs_now(page):
+        words = [STAND_INS.get(word, word) for word in shoal_words(command)]
+        code = main(words)
+        got = capsys.readouterr()
+        assert code == 0, f"{block.where}: {command}\n{got.out}{got.err}"
+        assert looks_as_shown(shown, got.out), f"{block.where}: {command}\n{got.out}"
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(python_blocks(page))], ids=lambda page: page.stem)
@@ -63,12 +187,10 @@ def test_python_on_a_page_runs(
     (tmp_path / "runs").symlink_to(runs)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    modules = []
+    modules = write_files(page, tmp_path)
     try:
         for line, code in python_blocks(page):
             if name := re.match(r"# (\w+)\.py\n", code):
-                (tmp_path / f"{name[1]}.py").write_text(code)
-                modules.append(name[1])
                 importlib.import_module(name[1])
             else:
                 exec(compile("\n" * line + code, str(page), "exec"), {"__name__": "documentation"})
@@ -138,3 +260,17 @@ def test_json_keys_are_those_that_are_promised(
 
 def test_every_stop_reason_is_explained() -> None:
     assert set(table_names(DOCS / "concepts.md", "What happens on failure")) >= {reason.value for reason in StopReason}
+
+
+def test_messages_that_the_faq_quotes_are_in_the_code() -> None:
+    code = "\n".join(
+        path.read_text() for folder in ("rl", "rollout", "envs", "policy", "conf") for path in _sources(folder)
+    )
+    told = re.sub(r'"\n\s*f?"', "", code)  # literals that go on in the next line
+    rows = re.findall(r"^\| (.+?) \| .+ \| .+ \|$", (DOCS / "faq.md").read_text(), re.MULTILINE)
+    quoted = [text for row in rows if re.fullmatch(r"(`[^`]+`[ .]*)+", row) for text in re.findall(r"`([^`]+)`", row)]
+    assert len(quoted) > 20 and [text for text in quoted if text not in told] == []
+
+
+def _sources(folder: str) -> Iterator[Path]:
+    return (ROOT / folder).rglob("*.py")

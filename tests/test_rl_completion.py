@@ -1,8 +1,13 @@
 """shoal completion: the candidates for a line, and bash itself asking for them."""
 
+import os
+import pty
+import select
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -69,11 +74,83 @@ def test_bash_completes_a_command_and_the_value_behind_an_equals_sign(shoal):
     assert bash(shoal, "shoal train env=calc") == ["calculator"]  # bash itself keeps what stands before the "="
 
 
-@pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_other_shells_accept_their_script(shell):
-    if shutil.which(shell) is None:
-        pytest.skip(f"no {shell} here")
-    subprocess.run([shell, "-n"], input=SCRIPTS[shell], text=True, timeout=60, check=True)
+def fish(shoal: Path, line: str) -> list[str]:
+    """What fish would offer at the end of a line."""
+    script = "shoal completion fish | source; complete -C $argv"
+    path = f"{shoal.parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["fish", "-N", "-c", script, line],
+        cwd=shoal.parent,
+        env=os.environ | {"PATH": path, "HOME": str(shoal.parent)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    return [offer.partition("\t")[0] for offer in done.stdout.split("\n") if offer]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("fish") is None, reason="apt-get install fish")
+def test_fish_completes_commands_settings_and_where_nothing_is_known_files(shoal):
+    assert fish(shoal, "shoal sho") == ["show"]
+    assert fish(shoal, "shoal train env=calc") == ["env=calculator"]
+    assert fish(shoal, "shoal train rollout.lock=t") == ["rollout.lock=trajectory", "rollout.lock=turn"]
+    assert fish(shoal, "shoal show --root sho") == ["shoal"]  # a file
+
+
+class Zsh:
+    """A real zsh in a terminal of its own. Ctrl-T writes the line as it stands into a file."""
+
+    def __init__(self, shoal: Path, setup: str) -> None:
+        self.line = shoal.parent / "line"
+        setup = (
+            f"cd {shoal.parent}; path=({shoal.parent} $path); autoload -Uz compinit; {setup}; PS1='ready'\n"
+            f'told() {{ print -r -- "$BUFFER|" > {self.line}.new; mv {self.line}.new {self.line} }}\n'
+            "zle -N told; bindkey '^T' told\n"
+        )
+        self.pid, self.terminal = pty.fork()
+        if self.pid == 0:
+            os.execvpe("zsh", ["zsh", "-f", "-i"], os.environ | {"TERM": "dumb", "ZDOTDIR": str(shoal.parent)})
+        os.write(self.terminal, setup.encode())
+
+    def completed(self, line: str) -> str:
+        """The line after Tab, with "|" where it ends."""
+        os.write(self.terminal, line.encode() + b"\t\x14")
+        until = time.monotonic() + 100
+        while not self.line.exists():
+            assert time.monotonic() < until, "zsh did not answer in 100 s"
+            if select.select([self.terminal], [], [], 0.1)[0]:
+                os.read(self.terminal, 65536)
+        told = self.line.read_text().strip()
+        self.line.unlink()
+        os.write(self.terminal, b"\x15")  # an empty line for the next
+        return told
+
+    def close(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        os.close(self.terminal)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="apt-get install zsh")
+@pytest.mark.parametrize("installed", ["sourced", "in fpath"])
+def test_zsh_completes_commands_settings_and_where_nothing_is_known_files(shoal, installed):
+    if installed == "sourced":
+        setup = "compinit -u -D; source <(shoal completion zsh)"
+    else:
+        (shoal.parent / "functions").mkdir()
+        (shoal.parent / "functions" / "_shoal").write_text(SCRIPTS["zsh"])
+        setup = f"fpath=({shoal.parent}/functions $fpath); compinit -u -D"
+    zsh = Zsh(shoal, setup)
+    try:
+        assert zsh.completed("shoal sho") == "shoal show |"
+        assert zsh.completed("shoal train env=calc") == "shoal train env=calculator |"
+        assert zsh.completed("shoal train rollout.max_stal") == "shoal train rollout.max_staleness=|"
+        assert zsh.completed("shoal show --root func") in ("shoal show --root functions/|", "shoal show --root func|")
+    finally:
+        zsh.close()
 
 
 def test_an_unknown_shell_is_told_in_words(capsys):
