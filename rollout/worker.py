@@ -194,6 +194,8 @@ class RolloutWorker:
 
 def build_engine(config: TrainConfig) -> Engine:
     """The configured engine, without weights: it serves nothing before its first `load_weights`."""
+    if config.engine.kind != "local":
+        raise ValueError(f"engine.kind={config.engine.kind!r} cannot be built, allowed: 'local'")
     model = load_policy_model(config.policy, seed=config.seed)
     return LocalEngine(model.to(claim_device(config.cluster.worker_gpus)), config.engine)
 

