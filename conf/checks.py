@@ -78,7 +78,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "engine.threads": (1, inf),
     "engine.vllm.kv_cache_mib": (1, inf),
     "engine.vllm.tensor_parallel": (1, inf),
-    "engine.vllm.data_parallel": (1, inf),
     "engine.vllm.speculative_tokens": (0, 16),
     "rollout.max_staleness": (0, inf),
     "rollout.groups_per_step": (1, inf),
@@ -165,8 +164,7 @@ VLLM_ARGUMENTS = {
     "dtype": "engine.vllm.dtype",
     "kv_cache_memory_bytes": "engine.vllm.kv_cache_mib",
     "tensor_parallel_size": "engine.vllm.tensor_parallel",
-    "data_parallel_size": "engine.vllm.data_parallel",
-    "quantization": "engine.vllm.quantization",
+    "data_parallel_size": "rollout.workers",
     "kv_cache_dtype": "engine.vllm.kv_cache_dtype",
     "speculative_config": "engine.vllm.speculative_tokens",
     "enable_prefix_caching": "engine.vllm.prefix_cache",
@@ -377,22 +375,17 @@ def _vllm_problems(config: TrainConfig) -> Iterator[str]:
             f"engine.vllm.speculative_tokens={vllm.speculative_tokens} needs engine.vllm.prefix_cache=false: "
             "vLLM cannot take a hybrid model's state back to where a proposal was refused and share it too"
         )
-    if vllm.process == "inproc" and vllm.data_parallel > 1:
-        yield (
-            f"engine.vllm.data_parallel={vllm.data_parallel} needs engine.vllm.process=core: "
-            "an engine inside the worker is one copy"
-        )
 
 
 def _placement_problems(config: TrainConfig) -> Iterator[str]:
     cluster, workers = config.cluster, config.rollout.workers
     if cluster.worker_gpus > 1 and config.engine.kind == "local":
         yield f"cluster.worker_gpus={cluster.worker_gpus:g} must be at most 1: engine.kind=local computes on one GPU"
-    devices = config.engine.vllm.tensor_parallel * config.engine.vllm.data_parallel
+    devices = config.engine.vllm.tensor_parallel
     if config.engine.kind == "vllm" and cluster.worker_gpus and max(1, cluster.worker_gpus) != devices:
         yield (
-            f"cluster.worker_gpus={cluster.worker_gpus:g} must be engine.vllm.tensor_parallel * "
-            f"engine.vllm.data_parallel = {devices}" + (", or a share of one GPU" if devices == 1 else "")
+            f"cluster.worker_gpus={cluster.worker_gpus:g} must be engine.vllm.tensor_parallel = {devices}"
+            + (", or a share of one GPU" if devices == 1 else "")
         )
     if cluster.worker_gpus > 1 and cluster.worker_gpus % 1:
         yield f"cluster.worker_gpus={cluster.worker_gpus:g} must be a whole number, or less than 1: a share of one GPU"

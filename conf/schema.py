@@ -119,10 +119,6 @@ class VllmConfig:
     """Memory for attention caches and recurrent states, in MiB, on each device."""
     tensor_parallel: int = 1
     """Devices that share one copy of the weights."""
-    data_parallel: int = 1
-    """Copies of the weights behind one engine."""
-    quantization: str = ""
-    """A method of vLLM's, such as fp8; "" = none."""
     kv_cache_dtype: str = "auto"
     """Of cached keys and values; "auto" = `dtype`."""
     speculative_tokens: int = 0
@@ -137,7 +133,7 @@ class VllmConfig:
     routes: bool = True
     """Record which experts each token went through, for the learner to replay; says nothing of dense models."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of vLLM's EngineArgs, by name."""
+    """Further arguments of vLLM's EngineArgs, by name, such as quantization."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -282,7 +282,6 @@ IMPOSSIBLE = [
         ["engine=vllm", "policy=hf", "policy.path=x", *(f"engine.vllm.{key}" for key in SPECULATES_AND_SHARES)],
         ["engine.vllm.speculative_tokens=1", "engine.vllm.prefix_cache=false"],
     ),
-    (["engine=vllm", "engine.vllm.data_parallel=2"], ["engine.vllm.data_parallel=2", "engine.vllm.process=core"]),
     (["engine=vllm", "engine.vllm.extra.dtype=half"], ["engine.vllm.extra.dtype", "set that one"]),
     (["env=mix", "env.id=ShopDB-v0"], ["env.id='ShopDB-v0' has no effect", "env.mix"]),
     (["env=mix", "env.level=2"], ["env.level=2 has no effect"]),
