@@ -4,6 +4,7 @@ The clusters are simulated: several nodes on this machine, with GPUs in name onl
 """
 
 import json
+import os
 import secrets
 import socket
 import subprocess
@@ -201,7 +202,8 @@ class Simulated:
 def simulated() -> Iterator[Simulated]:
     """Authenticated by a token in the environment, as a real cluster is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # a process that ran Ray before has read its token once and keeps it
+        patch.setenv("RAY_AUTH_TOKEN", os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32))
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_worker_niceness", "0")
         import ray
