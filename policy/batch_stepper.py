@@ -1,7 +1,7 @@
 """Continuous batching, one step at a time: requests join and leave the running batch between any two steps.
 
 A step is: admit what waits and fits (one packed prefill of exact lengths, which gives each admitted request its first
-token), then one decode of the whole batch. This class is synchronous and belongs to one thread; `policy.local_engine`
+token), then one decode of the whole batch. This class is synchronous and belongs to one thread; `policy.step_engine`
 runs it on its own thread and answers asyncio callers.
 
 Invariants between two steps:
@@ -86,6 +86,12 @@ class BatchStepper:
             sessions=self._slots.num_sessions,
             busy_s=self._busy_s,
         )
+
+    def start(self) -> None:
+        """The model was built by the caller."""
+
+    def close(self) -> None:
+        """Nothing outlives the object."""
 
     # --- commands, between two steps ---
 

@@ -84,6 +84,8 @@ class EngineCapabilities:
     """Largest expected |engine logprob - learner logprob| for the same weights (1e-3 for fp32 on CPU)."""
     per_request_seed: bool = True
     sessions: bool = True
+    nucleus: bool = True
+    """top_p and top_k, with logprobs of the full distribution."""
     routed_experts: bool = False
 
 

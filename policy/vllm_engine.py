@@ -1,0 +1,55 @@
+"""The vLLM engine: vLLM in this process, stepped by a thread of its own, behind the same protocol as the local one."""
+
+import time
+from collections.abc import Callable, Mapping
+
+from conf.schema import EngineConfig
+from policy.engine import EngineCapabilities
+from policy.hybrid_config import HybridConfig
+from policy.step_engine import StepEngine
+from policy.vllm_stepper import VllmStepper
+
+LOGPROB_TOLERANCE = 0.1
+"""Largest expected difference to an fp32 learner for the same weights, in bfloat16 and without experts."""
+START_TIMEOUT_S = 600.0
+"""Imports and start; 10 s on an idle machine."""
+HEAD_DIMS = (64, 128)
+"""Of linear attention, which the CPU build's kernel computes."""
+
+
+class VllmEngine(StepEngine):
+    """An `Engine` over vLLM. It starts with the first `load_weights`; weights come from there alone.
+
+    Example: engine = VllmEngine(config, expected_tensors(model), EngineConfig(kind="vllm"))
+
+    Requests bring no seed (the CPU build dies of one), no session, no top_p and no top_k: `UnsupportedRequest`.
+    Raises ValueError for a model that the engine cannot compute.
+    """
+
+    def __init__(
+        self,
+        model: HybridConfig,
+        expected: Mapping[str, tuple[tuple[int, ...], str]],
+        config: EngineConfig,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        for name in ("linear_key_head_dim", "linear_value_head_dim"):
+            if getattr(model, name) not in HEAD_DIMS:
+                raise ValueError(f"policy {name}={getattr(model, name)}, allowed with vLLM: 64, 128")
+        super().__init__(
+            VllmStepper(model, config, clock=clock),
+            config,
+            capabilities=EngineCapabilities(
+                name="vllm",
+                max_model_tokens=config.max_model_tokens,
+                logprob_tolerance=LOGPROB_TOLERANCE,
+                per_request_seed=False,
+                sessions=False,
+                nucleus=False,
+            ),
+            expected=expected,
+            vocab_size=model.vocab_size,
+            clock=clock,
+            start_timeout_s=START_TIMEOUT_S,
+        )
