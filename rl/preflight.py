@@ -12,6 +12,7 @@ from conf.schema import PolicyConfig, TrainConfig
 from envs.registry import find_class
 from policy.hybrid_config import PRESETS
 from policy.initial import initial_weights_file
+from policy.vllm_packages import VllmMissing, vllm_build
 from rl.choice import choose
 from rollout.renderer import sees_images
 
@@ -22,7 +23,7 @@ def check_parts(config: TrainConfig, *, trains: bool = True) -> None:
     `trains` false: weights and loss are not looked for (`shoal sft` makes the one and has its own of the other).
     """
     if config.engine.kind == "vllm":
-        raise ConfigError("engine.kind='vllm' is not written yet (docs/vllm.md); allowed: 'local'")
+        _check_vllm(config)
     env = config.env
     secret_values(env.secrets)  # first: an environment's module may read them when it is imported
     entries = {f"env.mix.{name}": entry for name, entry in env.mix.items()} or {"env": env}
@@ -43,6 +44,21 @@ def check_parts(config: TrainConfig, *, trains: bool = True) -> None:
                 choose(what, name, {})
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _check_vllm(config: TrainConfig) -> None:
+    if vllm_build() is None:
+        raise ConfigError(f"engine.kind='vllm': {VllmMissing()}")
+    own = config.engine.vllm
+    unwritten = {
+        "process": (own.process, "inproc"),
+        "tensor_parallel": (own.tensor_parallel, 1),
+        "transport": (own.transport, "objects"),
+        "speculative_tokens": (own.speculative_tokens, 0),
+    }
+    for name, (value, allowed) in unwritten.items():
+        if value != allowed:
+            raise ConfigError(f"engine.vllm.{name}={value} is not written yet (docs/vllm.md); allowed: {allowed}")
 
 
 def _check_environment(env_id: str, kwargs: Mapping[str, Any], level: int, key: str) -> None:

@@ -202,6 +202,7 @@ class _Episode:
             if (left_s := self._left_s()) <= 0:
                 raise _DeadlinePassed
             self.failpoint("sample")
+            can = self.engine.capabilities
             request = GenerationRequest(
                 request_id=f"{self.key}/{turn}",
                 prompt_ids=prompt_ids,
@@ -210,9 +211,9 @@ class _Episode:
                     max_tokens=min(self.settings.max_turn_tokens, self.settings.max_model_tokens - len(prompt_ids)),
                     stop_token_ids=self.renderer.stop_token_ids,
                     banned_token_ids=self.renderer.banned_token_ids,
-                    seed=self.seeds(turn),
+                    seed=self.seeds(turn) if can.per_request_seed else None,
                 ),
-                session_id=self.key,
+                session_id=self.key if can.sessions else None,
                 deadline_s=left_s,
             )
             asked = self.clock()

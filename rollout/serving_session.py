@@ -185,7 +185,7 @@ class ServedSession:
                     banned_token_ids=self._renderer.banned_token_ids,
                     seed=self._seed(chat, turn),
                 ),
-                session_id=self.session_id,
+                session_id=self.session_id if self._engine.capabilities.sessions else None,
                 deadline_s=left_s,
             )
             asked = self._clock()

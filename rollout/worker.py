@@ -14,10 +14,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from conf.schema import RolloutConfig, TrainConfig
 from envs.outcome import EnvHost
 from envs.task import Task
+from policy.checkpoint_io import expected_tensors
 from policy.device import claim_device
 from policy.engine import CachePolicy, Engine
 from policy.hf_model import load_policy_model
+from policy.hybrid import HybridModel
 from policy.local_engine import LocalEngine
+from policy.vllm_engine import VllmEngine
 from policy.weight_store import PolicySnapshot
 from rollout.agent_process import AgentCrew
 from rollout.episode import EpisodeSettings, run_episode
@@ -193,10 +196,16 @@ class RolloutWorker:
 
 
 def build_engine(config: TrainConfig) -> Engine:
-    """The configured engine, without weights: it serves nothing before its first `load_weights`."""
-    if config.engine.kind != "local":
-        raise ValueError(f"engine.kind={config.engine.kind!r} cannot be built, allowed: 'local'")
+    """The configured engine, without weights: it serves nothing before its first `load_weights`.
+
+    Raises ValueError for a policy that the engine cannot compute.
+    """
     model = load_policy_model(config.policy, seed=config.seed)
+    if config.engine.kind == "vllm":
+        if not isinstance(model, HybridModel):
+            raise ValueError("engine.kind='vllm' computes Qwen3.5 models alone; use engine=local for other ones")
+        claim_device(config.cluster.worker_gpus)
+        return VllmEngine(model.config, expected_tensors(model), config.engine)
     return LocalEngine(model.to(claim_device(config.cluster.worker_gpus)), config.engine)
 
 

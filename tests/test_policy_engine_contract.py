@@ -4,15 +4,14 @@ import asyncio
 import contextlib
 import functools
 import itertools
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from conf.schema import EngineConfig
 from policy.checkpoint_io import expected_tensors, load_numpy_tensors, to_numpy_tensors
 from policy.engine import (
     Completion,
@@ -23,98 +22,29 @@ from policy.engine import (
     SamplingSpec,
     UnsupportedRequest,
 )
-from policy.hybrid import PRESETS, HybridModel
-from policy.local_engine import LocalEngine
+from policy.hybrid import HybridModel
 from policy.logprobs import token_logprobs
 from policy.weight_store import PolicySnapshot, WeightSyncError
-from tests.fakes import FakeClock, ScriptedEngine
-
-VOCAB = 61
-MAX_TOKENS = 160
-MAX_RUNNING = 4
-SMALL = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "head_dim": 16,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-}
-DENSE = PRESETS["tiny_hybrid"].override(SMALL | {"intermediate_size": 48})
-MOE = PRESETS["tiny_moe"].override(SMALL | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16})
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineCase:
-    """One kind of engine."""
-
-    make: Callable[..., Engine]
-    """(clock) -> an engine with MAX_RUNNING rows, MAX_TOKENS tokens and VOCAB tokens."""
-    tensors: Callable[[int], dict[str, np.ndarray]]
-    """Weights of a seed."""
-    model: Callable[[int], HybridModel] | None = None
-    """The learner's model with the weights of a seed; None where logits mean nothing."""
-
-    def snapshot(self, version: int, *, seed: int = 0) -> PolicySnapshot:
-        return PolicySnapshot.create(version, self.tensors(seed))
-
-
-@functools.cache
-def model_of(config: str, seed: int) -> HybridModel:
-    """A model with lively random weights, A_log, dt_bias and norms included.
-
-    Not livelier: with twice the noise a state read out near 0 magnifies the rounding of fp32 to 3e-4 in a logprob.
-    """
-    torch.set_num_threads(1)
-    model = HybridModel({"dense": DENSE, "moe": MOE}[config])
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model
-
-
-def local_case(config: str) -> EngineCase:
-    def make(clock: Callable[[], float] = time.monotonic) -> Engine:
-        model = HybridModel({"dense": DENSE, "moe": MOE}[config])
-        settings = EngineConfig(max_running=MAX_RUNNING, max_sessions=10, max_model_tokens=MAX_TOKENS)
-        return LocalEngine(model, settings, clock=clock)
-
-    return EngineCase(
-        make=make,
-        tensors=lambda seed: dict(to_numpy_tensors(model_of(config, seed))),
-        model=lambda seed: model_of(config, seed),
-    )
-
-
-def babble(prompt_ids: np.ndarray, rng: np.random.Generator) -> list[int]:
-    return rng.integers(0, VOCAB, MAX_TOKENS).tolist()
-
-
-def scripted_case() -> EngineCase:
-    def make(clock: Callable[[], float] = time.monotonic) -> Engine:
-        expected = {"a": ((3, 2), "float32"), "b": ((4,), "float32")}
-        return ScriptedEngine(
-            babble, vocab_size=VOCAB, max_model_tokens=MAX_TOKENS, expected=expected, token_s=0.001, clock=clock
-        )
-
-    return EngineCase(
-        make=make,
-        tensors=lambda seed: {"a": np.full((3, 2), seed, np.float32), "b": np.full(4, seed, np.float32)},
-    )
-
-
-CASES = {"local-dense": local_case("dense"), "local-moe": local_case("moe"), "scripted": scripted_case()}
-every_engine = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-REAL = {name: case for name, case in CASES.items() if case.model is not None}
-every_real_engine = pytest.mark.parametrize("case", REAL.values(), ids=REAL.keys())
+from tests.engine_cases import (
+    CASES,
+    MAX_RUNNING,
+    MAX_TOKENS,
+    VLLM_PARAMETERS,
+    VOCAB,
+    EngineCase,
+    every_engine,
+    every_local_engine,
+    every_real_engine,
+)
+from tests.fakes import FakeClock
 
 
 def in_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """Run an async test to its end, or for a minute."""
+    """Run an async test to its end, or for four minutes: vLLM starts slowly on a busy machine."""
 
     @functools.wraps(test)
     def run(**arguments: object) -> None:
-        asyncio.run(asyncio.wait_for(test(**arguments), 60))
+        asyncio.run(asyncio.wait_for(test(**arguments), 240))
 
     return run
 
@@ -142,6 +72,18 @@ def ask(
         session_id=session_id,
         deadline_s=deadline_s,
     )
+
+
+def sure(engine: Engine, seed: int) -> dict[str, Any]:
+    """Sampling that gives the same tokens each time: by a seed where the engine takes one."""
+    return {"seed": seed} if engine.capabilities.per_request_seed else {"temperature": 0.0}
+
+
+def assert_close(case: EngineCase, one: np.ndarray, other: np.ndarray, message: str = "") -> None:
+    """Logprobs agree as closely as the engine computes."""
+    gap = np.abs(np.asarray(one) - np.asarray(other))
+    assert gap.shape == np.shape(one) == np.shape(other)
+    assert gap.mean() <= case.noise[0] and gap.max() <= case.noise[1], f"{message} mean {gap.mean()} max {gap.max()}"
 
 
 def random_prompt(length: int, seed: int = 0) -> np.ndarray:
@@ -215,9 +157,10 @@ async def test_a_completion_has_one_entry_per_token_in_every_column(case: Engine
 @in_loop
 async def test_sampling_ends_after_a_stop_token_which_is_kept(case: EngineCase) -> None:
     async with serving(case) as engine:
-        free = await engine.generate(ask([1, 2, 3], max_tokens=40, seed=3))
+        how = sure(engine, 3)
+        free = await engine.generate(ask([1, 2, 3], max_tokens=40, **how))
         stop = int(free.token_ids[20])
-        stopped = await engine.generate(ask([1, 2, 3], max_tokens=40, seed=3, stop_token_ids=(stop, VOCAB - 1)))
+        stopped = await engine.generate(ask([1, 2, 3], max_tokens=40, **how, stop_token_ids=(stop, VOCAB - 1)))
     at = min(free.token_ids.tolist().index(i) for i in (stop, VOCAB - 1) if i in free.token_ids)
     assert stopped.token_ids.tolist() == free.token_ids[: at + 1].tolist()
     assert stopped.finish_reason == "stop"
@@ -235,7 +178,7 @@ async def test_a_conversation_ends_at_the_longest_the_model_takes(case: EngineCa
     assert [completion.finish_reason for completion in completions] == ["length", "length"]
 
 
-@every_engine
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @in_loop
 async def test_a_seed_decides_the_tokens_whatever_else_runs(case: EngineCase) -> None:
     async with serving(case) as engine:
@@ -247,6 +190,19 @@ async def test_a_seed_decides_the_tokens_whatever_else_runs(case: EngineCase) ->
         other_seed = await engine.generate(ask(mine.prompt_ids, max_tokens=30, seed=12))
     assert_equal_completions(alone, together)
     assert alone.token_ids.tolist() != other_seed.token_ids.tolist()
+
+
+@pytest.mark.parametrize("case", VLLM_PARAMETERS)
+@in_loop
+async def test_what_an_engine_cannot_do_is_refused_by_name(case: EngineCase) -> None:
+    """One that takes a seed on vLLM's CPU build ends the engine."""
+    async with serving(case) as engine:
+        for name, value in {"seed": 3, "top_p": 0.9, "top_k": 5}.items():
+            with pytest.raises(UnsupportedRequest, match=f"'vllm' cannot take {name}"):
+                await engine.generate(ask([1], **{name: value}))
+        with pytest.raises(UnsupportedRequest, match="'vllm' cannot take session_id"):
+            await engine.generate(ask([1], session_id="a"))
+        assert len((await engine.generate(ask([1], max_tokens=2))).token_ids) == 2
 
 
 @every_engine
@@ -349,7 +305,8 @@ async def test_weights_are_swapped_in_the_order_of_the_calls(case: EngineCase) -
 async def test_three_times_more_requests_than_fit_all_finish(case: EngineCase) -> None:
     async with serving(case) as engine:
         lengths = [3 + 5 * (i % 7) for i in range(3 * MAX_RUNNING)]
-        requests = [ask(random_prompt(2 + i), max_tokens=n, session_id=f"s{i}") for i, n in enumerate(lengths)]
+        sessions = [f"s{i}" if engine.capabilities.sessions else None for i in range(len(lengths))]
+        requests = [ask(random_prompt(2 + i), max_tokens=n, session_id=sessions[i]) for i, n in enumerate(lengths)]
         completions = await asyncio.gather(*map(engine.generate, requests))
         assert [len(completion.token_ids) for completion in completions] == lengths
         stats = engine.stats()
@@ -380,7 +337,7 @@ HOSTILE = {
 @in_loop
 async def test_hostile_requests_are_refused_by_name_and_disturb_nobody(case: EngineCase) -> None:
     async with serving(case) as engine:
-        steady = ask(random_prompt(6), max_tokens=60, seed=1)
+        steady = ask(random_prompt(6), max_tokens=60, **sure(engine, 1))
         alone = await engine.generate(steady)
         running = asyncio.create_task(engine.generate(replace(steady, request_id="steady")))
         await asyncio.sleep(0)  # let it start
@@ -438,7 +395,7 @@ async def test_sabotaged_weights_are_refused_by_name_and_the_old_ones_go_on(
     case: EngineCase, sabotage: Callable[[dict[str, np.ndarray], str], None]
 ) -> None:
     async with serving(case) as engine:
-        request = ask(random_prompt(6), max_tokens=40, seed=1)
+        request = ask(random_prompt(6), max_tokens=40, **sure(engine, 1))
         before = await engine.generate(request)
         tensors = case.tensors(1)
         name = sorted(tensors)[-1]  # the last to be loaded: nothing before it may have been changed
@@ -492,10 +449,10 @@ async def test_logprobs_are_the_learners_whatever_the_prompts_length(
             completions = await asyncio.gather(*map(engine.generate, requests))
         else:
             completions = [await engine.generate(request) for request in requests]
-    for request, completion in zip(requests, completions, strict=True):
-        expected = learner_logprobs(case, 0, request, completion)
-        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4, err_msg=f"{len(request.prompt_ids)}")
-        assert not np.isin(completion.token_ids, spec["banned_token_ids"]).any()
+    pairs = list(zip(requests, completions, strict=True))
+    expected = np.concatenate([learner_logprobs(case, 0, request, completion) for request, completion in pairs])
+    assert_close(case, np.concatenate([completion.logprobs for completion in completions]), expected)
+    assert not any(np.isin(completion.token_ids, spec["banned_token_ids"]).any() for completion in completions)
 
 
 async def play(
@@ -511,7 +468,7 @@ async def play(
     return turns
 
 
-@every_real_engine
+@every_local_engine
 @in_loop
 async def test_a_session_of_three_turns_has_the_learners_logprobs_and_skips_what_it_knows(case: EngineCase) -> None:
     async with serving(case) as engine:
@@ -529,7 +486,7 @@ async def test_a_session_of_three_turns_has_the_learners_logprobs_and_skips_what
     assert [completion.cached_tokens for _, completion in turns] == [0, 40 + 13, 40 + 2 * 14 + 9 - 1]
 
 
-@every_real_engine
+@every_local_engine
 @in_loop
 async def test_a_session_whose_history_was_rewritten_starts_afresh(case: EngineCase) -> None:
     async with serving(case) as engine:
@@ -542,7 +499,7 @@ async def test_a_session_whose_history_was_rewritten_starts_afresh(case: EngineC
     np.testing.assert_allclose(completion.logprobs, learner_logprobs(case, 0, request, completion), atol=1e-4)
 
 
-@every_real_engine
+@every_local_engine
 @in_loop
 async def test_a_group_prefills_its_prompt_once_and_samples_as_fresh_runs_would(case: EngineCase) -> None:
     group = [ask(random_prompt(33), max_tokens=20, seed=i, temperature=0.9) for i in range(3 * MAX_RUNNING)]
@@ -575,8 +532,14 @@ async def test_after_a_recompute_swap_a_request_goes_on_as_if_it_had_the_new_wei
     prefix = np.concatenate([request.prompt_ids, completion.token_ids[:old]])
     async with serving(case, seed=1) as engine:
         rest = await engine.generate(ask(prefix, max_tokens=100 - old, temperature=0.0))
-    assert completion.token_ids[old:].tolist() == rest.token_ids.tolist()
-    np.testing.assert_allclose(completion.logprobs[old:], rest.logprobs, atol=1e-4)
+    if case.exact:
+        assert completion.token_ids[old:].tolist() == rest.token_ids.tolist()
+        np.testing.assert_allclose(completion.logprobs[old:], rest.logprobs, atol=1e-4)
+    # the tokens may part where rounding decides; what was sampled has the new weights' logprobs all the same
+    expected = learner_logprobs(
+        case, 1, replace(request, prompt_ids=prefix), replace(completion, token_ids=completion.token_ids[old:])
+    )
+    assert_close(case, completion.logprobs[old:], expected)
 
 
 @every_real_engine

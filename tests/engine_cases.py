@@ -1,0 +1,144 @@
+"""The engines that the contract suite runs against, and which tests are for which."""
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from conf.schema import EngineConfig
+from policy.checkpoint_io import expected_tensors, to_numpy_tensors
+from policy.engine import (
+    Engine,
+)
+from policy.hybrid import PRESETS, HybridModel
+from policy.local_engine import LocalEngine
+from policy.vllm_engine import VllmEngine
+from policy.vllm_packages import vllm_build
+from policy.weight_store import PolicySnapshot
+from tests.fakes import ScriptedEngine
+
+VOCAB = 61
+MAX_TOKENS = 160
+MAX_RUNNING = 4
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "head_dim": 16,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+DENSE = PRESETS["tiny_hybrid"].override(SMALL | {"intermediate_size": 48})
+MOE = PRESETS["tiny_moe"].override(SMALL | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16})
+# vLLM's kernels on a CPU: linear heads of 64 or 128, widths in multiples of 32
+WIDE = {"vocab_size": VOCAB, "hidden_size": 64, "head_dim": 32}
+WIDE_MOE = PRESETS["tiny_moe"].override(WIDE | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32})
+MODELS = {
+    "dense": DENSE,
+    "moe": MOE,
+    "vllm-dense": PRESETS["tiny_hybrid"].override(WIDE | {"intermediate_size": 64}),
+    "vllm-moe": WIDE_MOE,
+    "vllm-dense-untied": PRESETS["tiny_hybrid"].override(
+        WIDE | {"intermediate_size": 64, "tie_word_embeddings": False}
+    ),
+    "vllm-moe-untied": WIDE_MOE.override({"tie_word_embeddings": False}),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineCase:
+    """One kind of engine."""
+
+    make: Callable[..., Engine]
+    """(clock) -> an engine with MAX_RUNNING rows, MAX_TOKENS tokens and VOCAB tokens."""
+    tensors: Callable[[int], dict[str, np.ndarray]]
+    """Weights of a seed."""
+    model: Callable[[int], HybridModel] | None = None
+    """The learner's model with the weights of a seed; None where logits mean nothing."""
+    noise: tuple[float, float] = (1e-4, 1e-4)
+    """Largest mean and largest difference of its logprobs to the learner's, and between two ways to the same ones."""
+    exact: bool = True
+    """One's company in a batch changes no token."""
+
+    def snapshot(self, version: int, *, seed: int = 0) -> PolicySnapshot:
+        return PolicySnapshot.create(version, self.tensors(seed))
+
+
+@functools.cache
+def model_of(config: str, seed: int) -> HybridModel:
+    """A model with lively random weights, A_log, dt_bias and norms included.
+
+    Not livelier: with twice the noise a state read out near 0 magnifies the rounding of fp32 to 3e-4 in a logprob,
+    and that of vLLM's bfloat16 to 1 with the noise of the others.
+    """
+    torch.set_num_threads(1)
+    model = HybridModel(MODELS[config])
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * (0.03 if "vllm" in config else 0.1))
+    return model
+
+
+def local_case(config: str) -> EngineCase:
+    def make(clock: Callable[[], float] = time.monotonic) -> Engine:
+        model = HybridModel(MODELS[config])
+        settings = EngineConfig(max_running=MAX_RUNNING, max_sessions=10, max_model_tokens=MAX_TOKENS)
+        return LocalEngine(model, settings, clock=clock)
+
+    return EngineCase(
+        make=make,
+        tensors=lambda seed: dict(to_numpy_tensors(model_of(config, seed))),
+        model=lambda seed: model_of(config, seed),
+    )
+
+
+def vllm_case(config: str) -> EngineCase:
+    def make(clock: Callable[[], float] = time.monotonic) -> Engine:
+        settings = EngineConfig(kind="vllm", max_running=MAX_RUNNING, max_model_tokens=MAX_TOKENS)
+        return VllmEngine(MODELS[config], expected_tensors(HybridModel(MODELS[config])), settings, clock=clock)
+
+    return EngineCase(
+        make=make,
+        tensors=lambda seed: dict(to_numpy_tensors(model_of(config, seed))),
+        model=lambda seed: model_of(config, seed),
+        # bfloat16; with experts also the few tokens that rounding sends to others
+        noise=(0.15, 2.5) if "moe" in config else (0.03, 0.3),
+        exact=False,
+    )
+
+
+def babble(prompt_ids: np.ndarray, rng: np.random.Generator) -> list[int]:
+    return rng.integers(0, VOCAB, MAX_TOKENS).tolist()
+
+
+def scripted_case() -> EngineCase:
+    def make(clock: Callable[[], float] = time.monotonic) -> Engine:
+        expected = {"a": ((3, 2), "float32"), "b": ((4,), "float32")}
+        return ScriptedEngine(
+            babble, vocab_size=VOCAB, max_model_tokens=MAX_TOKENS, expected=expected, token_s=0.001, clock=clock
+        )
+
+    return EngineCase(
+        make=make,
+        tensors=lambda seed: {"a": np.full((3, 2), seed, np.float32), "b": np.full(4, seed, np.float32)},
+    )
+
+
+CASES = {"local-dense": local_case("dense"), "local-moe": local_case("moe"), "scripted": scripted_case()}
+VLLM = {name: vllm_case(name) for name in ("vllm-dense", "vllm-dense-untied", "vllm-moe", "vllm-moe-untied")}
+needs_vllm = [pytest.mark.vllm, pytest.mark.skipif(vllm_build() is None, reason="needs the vLLM extra")]
+VLLM_PARAMETERS = [pytest.param(case, id=name, marks=needs_vllm) for name, case in VLLM.items()]
+
+
+def every(*cases: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", [*(pytest.param(CASES[c], id=c) for c in cases), *VLLM_PARAMETERS])
+
+
+every_engine = every(*CASES)
+every_real_engine = every("local-dense", "local-moe")
+every_local_engine = pytest.mark.parametrize("case", [CASES["local-dense"], CASES["local-moe"]], ids=["dense", "moe"])
+"""For what capabilities say that others lack."""
