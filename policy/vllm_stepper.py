@@ -150,7 +150,7 @@ class VllmStepper:
             self._load(snapshot.tensors)
         except Exception as error:  # vLLM's loader raises what it likes; a model half loaded must not serve
             if self._served is not None:
-                self._load(self._served)
+                self._restore(self._served)
             if isinstance(error, WeightSyncError):
                 raise
             raise WeightSyncError(f"version {snapshot.version}: vLLM could not load it: {error!r}") from error
@@ -158,6 +158,13 @@ class VllmStepper:
         self.policy_version = snapshot.version
         if cache_policy == "recompute":
             self._engine.reset_prefix_cache(reset_running_requests=True)
+
+    def _restore(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """The old weights again. Raises `EngineError`, which ends the engine, where even they are not what it holds."""
+        try:
+            self._load(tensors)
+        except WeightSyncError as error:
+            raise EngineError(f"vLLM cannot go back to policy version {self.policy_version}: {error}") from error
 
     def _load(self, tensors: Mapping[str, np.ndarray]) -> None:
         def replace(worker: Any) -> None:
