@@ -66,6 +66,9 @@ class Completion:
     routed_experts: np.ndarray | None = None
     """(L, M, k) int16, M sparse layers, k experts per token; None for dense models or where not captured. Row j = the
     experts that token j itself took as an input; -1 for the last token, which no step has been fed yet."""
+    prompt_routes: np.ndarray | None = None
+    """(P, M, k) int16 experts of the P prompt tokens, -1 where a kept state stood for them; None where not captured. An
+    engine that computes as the learner does need not tell: the learner then finds the same ones."""
     cached_tokens: int = 0
     """Prompt tokens that needed no prefill."""
     queue_s: float = 0.0

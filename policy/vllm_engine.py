@@ -50,6 +50,7 @@ class VllmEngine(StepEngine):
                 per_request_seed=False,
                 sessions=False,
                 nucleus=False,
+                routed_experts=VllmStepper.captures_routes(model, config),
             ),
             expected=expected,
             vocab_size=model.vocab_size,

@@ -23,6 +23,7 @@ from policy.engine import CachePolicy, Completion, EngineError, EngineStats, Fin
 from policy.hybrid_config import HybridConfig
 from policy.running_batch import Ticket
 from policy.vllm_packages import prepare, vllm_build
+from policy.vllm_routes import RouteCapture
 from policy.vllm_weights import load, verify
 from policy.weight_store import PolicySnapshot, WeightSyncError
 
@@ -35,6 +36,8 @@ class _Request:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
+    routes: np.ndarray | None = None
+    """(most tokens, M, k) int16 experts of each token as an input, -1 until it is fed."""
 
 
 class VllmStepper:
@@ -46,6 +49,7 @@ class VllmStepper:
         self._clock = clock
         self._engine: Any = None
         self._folder: tempfile.TemporaryDirectory | None = None
+        self._capture: RouteCapture | None = None
         self._served: Mapping[str, np.ndarray] | None = None
         """Tensors of the version that serves."""
         self._requests: dict[str, _Request] = {}
@@ -105,6 +109,14 @@ class VllmStepper:
             "logprobs_mode": "processed_logprobs",
         }
         self._engine = LLMEngine.from_engine_args(EngineArgs(**(arguments | own.extra)))
+        if self.captures_routes(self._model, self._config):
+            (self._capture,) = self._engine.collective_rpc(lambda worker: RouteCapture(worker.model_runner))
+
+    @staticmethod
+    def captures_routes(model: HybridConfig, config: EngineConfig) -> bool:
+        """The hooks see eager calls alone."""
+        own = config.vllm
+        return model.num_experts > 0 and own.routes and own.enforce_eager and vllm_build() == "cpu"
 
     def close(self) -> None:
         if self._engine is not None:
@@ -181,11 +193,25 @@ class VllmStepper:
             self._engine.abort_request([request.ticket.request.request_id])
             self._end(request, "deadline")
         if self._requests:
-            for output in self._engine.step():
+            outputs = self._engine.step()
+            self._keep_routes()
+            for output in outputs:
                 if request := self._requests.get(output.request_id):
                     self._take(request, output, now)
         self._steps += 1
         self._busy_s += self._clock() - now
+
+    def _keep_routes(self) -> None:
+        """A token keeps the experts of the first time it was fed: when its state is computed again under other weights,
+        what was sampled after it then stays as it was."""
+        for request_id, (first, rows) in (self._capture.take() if self._capture else {}).items():
+            if (request := self._requests.get(request_id)) is None:
+                continue
+            if request.routes is None:
+                request.routes = np.full((self._config.max_model_tokens, *rows.shape[1:]), -1, np.int16)
+            kept = request.routes[first : first + len(rows)]
+            unknown = (kept < 0).all((1, 2))
+            kept[unknown] = rows[unknown]
 
     def _take(self, request: _Request, output: Any, step_began_s: float) -> None:
         ticket, sampled = request.ticket, output.outputs[0]
@@ -217,11 +243,15 @@ class VllmStepper:
         elif not request.token_ids:
             self.finished.append((ticket, ticket.unstarted(reason, now)))
         else:
+            asked, total = len(ticket.prompt_ids), len(ticket.prompt_ids) + len(request.token_ids)
+            routes = request.routes
             completion = Completion(
                 token_ids=np.array(request.token_ids, np.int32),
                 logprobs=np.array(request.logprobs, np.float32),
                 policy_versions=np.array(request.versions, np.int32),
                 finish_reason=reason,
+                routed_experts=None if routes is None else routes[asked:total].copy(),
+                prompt_routes=None if routes is None else routes[:asked].copy(),
                 cached_tokens=ticket.cached_tokens,
                 queue_s=ticket.admitted_s - ticket.arrived_s,
                 prefill_s=ticket.prefilled_s - ticket.admitted_s,

@@ -41,9 +41,24 @@ class TokenRecord:
             raise EngineError("completion with a logprob that is not finite")
         if completion.routed_experts is not None and len(completion.routed_experts) != n:
             raise EngineError(f"completion of {n} tokens with routes of {len(completion.routed_experts)}")
+        if completion.prompt_routes is not None:
+            self._fill_routes(completion.prompt_routes)
         self._append(
             completion.token_ids, np.ones(n), completion.logprobs, completion.policy_versions, completion.routed_experts
         )
+
+    def _fill_routes(self, known: np.ndarray) -> None:
+        """Take the routes (L, M, k) where none was known: of given tokens, and of a turn's last one.
+
+        Raises `EngineError` for another length.
+        """
+        if len(known) != len(self):
+            raise EngineError(f"completion with routes of {len(known)} prompt tokens, the prompt has {len(self)}")
+        start = 0
+        for i, ids in enumerate(self._token_ids):
+            rows, start = known[start : start + len(ids)], start + len(ids)
+            mine = self._routes[i]
+            self._routes[i] = rows if mine is None else np.where((mine < 0).all((1, 2), keepdims=True), rows, mine)
 
     def _append(
         self,
