@@ -4,7 +4,6 @@ The clusters are simulated: several nodes on this machine, with GPUs in name onl
 """
 
 import json
-import os
 import secrets
 import socket
 import subprocess
@@ -202,13 +201,15 @@ class Simulated:
 def simulated() -> Iterator[Simulated]:
     """Authenticated by a token in the environment, as a real cluster is."""
     with pytest.MonkeyPatch.context() as patch:
-        # a process that ran Ray before has read its token once and keeps it
-        patch.setenv("RAY_AUTH_TOKEN", os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32))
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_worker_niceness", "0")
         import ray
+        from ray._raylet import AuthenticationTokenLoader
         from ray.cluster_utils import Cluster
 
+        tokens = AuthenticationTokenLoader.instance()
+        tokens.reset_cache()  # a process that ran Ray before, in another test, has read its token once and keeps it
         head = {"num_cpus": 0, "num_gpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False}
         nodes = Cluster(initialize_head=True, head_node_args=head)
         try:
@@ -219,6 +220,7 @@ def simulated() -> Iterator[Simulated]:
         finally:
             ray.shutdown()
             nodes.shutdown()
+            tokens.reset_cache()
 
 
 @pytest.mark.ray
