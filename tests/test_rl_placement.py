@@ -205,7 +205,7 @@ def simulated() -> Iterator[Simulated]:
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_worker_niceness", "0")
         import ray
-        from ray._raylet import AuthenticationTokenLoader
+        from ray._raylet import AuthenticationTokenLoader  # pyright: ignore[reportAttributeAccessIssue]
         from ray.cluster_utils import Cluster
 
         tokens = AuthenticationTokenLoader.instance()
