@@ -4,6 +4,7 @@ The clusters are simulated: several nodes on this machine, with GPUs in name onl
 """
 
 import json
+import logging
 import secrets
 import socket
 import subprocess
@@ -215,7 +216,7 @@ def simulated() -> Iterator[Simulated]:
         try:
             Simulated.add(nodes, LEARNER_NODE)
             worker_node = Simulated.add(nodes, WORKER_NODE)
-            ray.init(address=nodes.address, namespace="test", log_to_driver=False, logging_level="error")
+            ray.init(address=nodes.address, namespace="test", log_to_driver=False, logging_level=logging.ERROR)
             yield Simulated(ray=ray, nodes=nodes, worker_node=worker_node)
         finally:
             ray.shutdown()
