@@ -257,18 +257,19 @@ class StepEngine:
     def _run(self) -> None:
         torch.set_num_threads(self._config.threads)  # of this thread, and of threads that start later
         try:
-            with torch.inference_mode():
-                self._stepper.start()
-                while self._run_commands():
-                    if self._stepper.has_work:
-                        self._stepper.step()
-                    if finished := self._stepper.finished:
-                        self._stepper.finished = []
-                        self._call_loop(lambda finished=finished: self._deliver(finished))
+            try:
+                with torch.inference_mode():
+                    self._stepper.start()
+                    while self._run_commands():
+                        if self._stepper.has_work:
+                            self._stepper.step()
+                        if finished := self._stepper.finished:
+                            self._stepper.finished = []
+                            self._call_loop(lambda finished=finished: self._deliver(finished))
+            finally:
+                self._stepper.close()
         except Exception as error:  # supervision: whatever it was, everyone who waits must hear of it
             self._failure = error
-        with contextlib.suppress(Exception):  # whatever it was, nobody is left who could do anything about it
-            self._stepper.close()
         self._call_loop(self._fail_pending)
 
     def _run_commands(self) -> bool:
