@@ -325,6 +325,7 @@ class _Episode:
             problem_digest=self.problem_digest,
             attempt=attempt,
             worker=worker,
+            engine=self.engine.capabilities.name,
             seconds=self.clock() - self.started,
             env_seconds=self.env_seconds,
         )

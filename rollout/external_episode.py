@@ -143,6 +143,7 @@ async def play_session(
         _trajectory(
             row,
             verdict,
+            session,
             trajectory_id=f"{group_id}/{member}" + (f"-{n}" if n < len(rows) - 1 else ""),
             group_id=group_id,
             member=member,
@@ -150,8 +151,7 @@ async def play_session(
             attempt=attempt,
             worker=worker,
             problem_digest=digest,
-            seconds=session.seconds,
-            meta=meta | {"untrained_rows": len(rows) - 1, "session": session.session_id},
+            meta=meta | {"untrained_rows": len(rows) - 1},
         )
         for n, row in enumerate(rows)
     ]
@@ -237,7 +237,9 @@ async def _close(session: ServedSession, host: EnvHost | None, key: str, engine:
     await asyncio.gather(*(asyncio.wait_for(call, CLOSE_TIMEOUT_S) for call in calls), return_exceptions=True)
 
 
-def _trajectory(row: Row, verdict: Verdict, *, meta: dict[str, Any], **names: Any) -> Trajectory:
+def _trajectory(
+    row: Row, verdict: Verdict, session: ServedSession, *, meta: dict[str, Any], **names: Any
+) -> Trajectory:
     record: TokenRecord = row.record
     calls = sum(len(turn.message.tool_calls) for turn in row.turns)
     return Trajectory(
@@ -253,6 +255,8 @@ def _trajectory(row: Row, verdict: Verdict, *, meta: dict[str, Any], **names: An
         stop_reason=verdict.stop,
         error=verdict.error,
         temperature=row.temperature,
-        meta=meta | {"num_tool_calls": calls},
+        engine=session.engine_name,
+        seconds=session.seconds,
+        meta=meta | {"session": session.session_id, "num_tool_calls": calls},
         **names,
     )

@@ -108,6 +108,11 @@ class ServedSession:
         self._one_at_a_time = asyncio.Lock()
 
     @property
+    def engine_name(self) -> str:
+        """Kind of engine that samples."""
+        return self._engine.capabilities.name
+
+    @property
     def left_s(self) -> float:
         """Seconds to its deadline."""
         return self._settings.deadline_s - (self._clock() - self._started)

@@ -113,6 +113,8 @@ class Trajectory:
     """sha256 of the problem's content; equal digests mean equal problems."""
     attempt: int = 0
     worker: str = ""
+    engine: str = ""
+    """Kind of engine that sampled it: "local" | "vllm"."""
     seconds: float = 0.0
     """Wall time of the episode."""
     env_seconds: float = 0.0

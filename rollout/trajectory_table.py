@@ -29,15 +29,16 @@ from rollout.codec import (
 )
 from rollout.trajectory import StopReason, Trajectory, TrajectoryGroup
 
-SCHEMA_VERSION = 2
-READABLE_VERSIONS = (0, 1, SCHEMA_VERSION)
-"""0: a new file. 1: no table of images; its rows hold their images as text. Writing to one makes it a file of today."""
+SCHEMA_VERSION = 3
+READABLE_VERSIONS = (0, 1, 2, SCHEMA_VERSION)
+"""0: a new file. 1: no table of images; its rows hold their images as text. Up to 2: no column `engine`. Writing to an
+older one makes it a file of today."""
 
 SUMMARY_COLUMNS = (
     *("row", "id", "group_id", "env_name", "env_id", "level", "seed", "member", "attempt", "group_attempt"),
     *("split", "eval_step", "reward", "reward_parts", "stop_reason", "error"),
     *("num_turns", "num_tokens", "num_sampled_tokens", "min_version", "max_version", "seconds", "env_seconds"),
-    *("worker", "status", "cause", "step", "advantage", "problem_digest", "meta"),
+    *("worker", "engine", "status", "cause", "step", "advantage", "problem_digest", "meta"),
 )
 """What a list shows and filters by."""
 JSON_COLUMNS = ("reward_parts", "error", "meta")
@@ -69,6 +70,7 @@ CREATE TABLE IF NOT EXISTS trajectories (
   seconds REAL,
   env_seconds REAL,
   worker TEXT NOT NULL,
+  engine TEXT NOT NULL DEFAULT '',  -- kind of engine that sampled it; empty in files older than the column
   status TEXT NOT NULL CHECK (status IN ('committed', 'consumed', 'dropped', 'eval')),
   cause TEXT NOT NULL DEFAULT '',
   step INTEGER,                 -- learner step that trained on it or left it out
@@ -103,7 +105,8 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(path)
     db.execute("PRAGMA journal_mode=WAL")
     db.execute("PRAGMA synchronous=NORMAL")
-    check_version(db, path)
+    if 0 < check_version(db, path) < 3:
+        db.execute("ALTER TABLE trajectories ADD COLUMN engine TEXT NOT NULL DEFAULT ''")
     db.executescript(_SCHEMA)
     return db
 
@@ -113,14 +116,23 @@ def open_for_reading(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, check_same_thread=False)
     db.row_factory = sqlite3.Row
     check_version(db, path)
+    add_missing_columns(db)
     return db
 
 
-def check_version(db: sqlite3.Connection, path: Path) -> None:
-    """ValueError if another version of Shoal made the file."""
+def add_missing_columns(db: sqlite3.Connection) -> None:
+    """For this connection alone an older file looks like one of today."""
+    columns = {column[1] for column in db.execute("PRAGMA table_info(trajectories)")}
+    if columns and "engine" not in columns:
+        db.execute("CREATE TEMP VIEW trajectories AS SELECT *, '' AS engine FROM main.trajectories")
+
+
+def check_version(db: sqlite3.Connection, path: Path) -> int:
+    """The file's layout. ValueError if another version of Shoal made the file."""
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version not in READABLE_VERSIONS:
         raise ValueError(f"{path} has layout {version}, this version of Shoal reads layouts up to {SCHEMA_VERSION}")
+    return version
 
 
 def insert_groups(db: sqlite3.Connection, groups: Iterable[TrajectoryGroup], split: str, eval_step: int | None) -> None:
@@ -210,6 +222,7 @@ def read_trajectory(row: sqlite3.Row, find_image: FindImage) -> Trajectory:
         problem_digest=row["problem_digest"],
         attempt=row["attempt"],
         worker=row["worker"],
+        engine=row["engine"],
         seconds=_or_nan(row["seconds"]),
         env_seconds=_or_nan(row["env_seconds"]),
     )
@@ -243,6 +256,7 @@ def _values(trajectory: Trajectory, images: Images) -> dict[str, Any]:
         "seconds": _finite(trajectory.seconds),
         "env_seconds": _finite(trajectory.env_seconds),
         "worker": trajectory.worker,
+        "engine": trajectory.engine,
         "problem_digest": trajectory.problem_digest,
         "meta": to_json(trajectory.meta),
         "task": task_to_json(task),

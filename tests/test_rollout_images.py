@@ -228,6 +228,7 @@ def test_a_file_of_layout_1_is_read_and_continued(tmp_path: Path) -> None:
     with db:
         db.execute("UPDATE trajectories SET turns = ?", (turns.replace(reference, inline),))
         db.execute("DROP TABLE images")
+        db.execute("ALTER TABLE trajectories DROP COLUMN engine")
         db.execute("PRAGMA user_version = 1")
     db.close()
     with TrajectoryReader(tmp_path / "t.db") as reader:

@@ -12,6 +12,7 @@ import pytest
 
 from envs.message import ImagePart, Message, TextPart, ToolCall, ToolResult
 from envs.task import Task
+from rl.dashboard.database import list_rows, reading
 from rollout import trajectory_table
 from rollout.recorder import Recorder, RecorderError, TrainedRow, TrajectoryReader, group_digest
 from rollout.trajectory import EpisodeError, StopReason, Trajectory, TrajectoryGroup, Turn
@@ -58,6 +59,7 @@ def trajectory(group_id: str, member: int, **changes: Any) -> Trajectory:
         "problem_digest": "cd" * 32,
         "attempt": 2,
         "worker": "worker-1",
+        "engine": "local",
         "seconds": 1.5,
         "env_seconds": 0.5,
     }
@@ -308,10 +310,24 @@ def test_a_file_of_another_layout_is_refused(tmp_path: Path) -> None:
     written(tmp_path / "t.db", group("g0")).close()
     with sqlite3.connect(tmp_path / "t.db") as db:
         db.execute("PRAGMA user_version = 99")
-    with pytest.raises(RecorderError, match="layout 99, this version of Shoal reads layouts up to 2"):
+    with pytest.raises(RecorderError, match="layout 99, this version of Shoal reads layouts up to 3"):
         Recorder(tmp_path / "t.db")
     with pytest.raises(ValueError, match="layout 99"):
         TrajectoryReader(tmp_path / "t.db")
+
+
+def test_a_file_from_before_the_column_of_engines_is_read_and_continued(tmp_path: Path) -> None:
+    written(tmp_path / "t.db", group("g0", size=1)).close()
+    with sqlite3.connect(tmp_path / "t.db") as db:
+        db.execute("ALTER TABLE trajectories DROP COLUMN engine")
+        db.execute("PRAGMA user_version = 2")
+    with TrajectoryReader(tmp_path / "t.db") as reader:
+        assert [row["engine"] for row in reader.list()] == [""] and reader.get(1).trajectory.engine == ""
+    with reading(tmp_path / "t.db") as db:
+        assert list_rows(db, {"stop": "terminated"}, before=0, limit=1)["rows"][0]["engine"] == ""
+    written(tmp_path / "t.db", group("g1", size=1, engine="vllm")).close()
+    with TrajectoryReader(tmp_path / "t.db") as reader:
+        assert [row["engine"] for row in reader.list()] == ["", "vllm"]
 
 
 def test_a_closed_recorder_refuses_writes(tmp_path: Path) -> None:

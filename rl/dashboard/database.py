@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rl.dashboard.folders import NotThere, Refused
-from rollout.trajectory_table import JSON_COLUMNS, SUMMARY_COLUMNS
+from rollout.trajectory_table import JSON_COLUMNS, SUMMARY_COLUMNS, add_missing_columns
 
 QUERY_S = 1.5
 """A search that takes longer stops; the answer says how far it came."""
@@ -203,6 +203,7 @@ def _open(uri: str) -> sqlite3.Connection:
     db = sqlite3.connect(uri, uri=True, timeout=1.0)
     try:
         db.row_factory = sqlite3.Row
+        add_missing_columns(db)
         db.execute("PRAGMA query_only=1")
         db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
     except sqlite3.Error:
