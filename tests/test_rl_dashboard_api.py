@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sqlite3
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.testclient import TestClient
 
 from rl.dashboard.folders import NotThere, find_run
 from rl.dashboard.metrics import Cursor, MetricTable, read_new_lines, thin
 from rl.dashboard.security import Access
-from rl.dashboard.server import make_app
+from rl.dashboard.server import Dashboard, Stop, make_app
 from rl.dashboard.stream import follow
 from tests.dashboard_runs import PNG, RUN, XSS, make_run, metric_rows, start_server
 
@@ -175,18 +177,31 @@ def test_histograms_are_of_the_rows_that_the_step_trained(root: Path) -> None:
 
 
 def test_the_chart_library_comes_compressed_and_is_not_sent_twice(root: Path) -> None:
-    ask, until = _client(root), time.monotonic() + 20
-    plain = ask("/charts.js", headers={"accept-encoding": "identity"})
-    assert "content-encoding" not in plain.headers and len(plain.content) > 10**6
-    packed = ask("/charts.js")
-    while "content-encoding" not in packed.headers and time.monotonic() < until:
-        time.sleep(0.05)
-        packed = ask("/charts.js")
-    assert packed.headers["content-encoding"] == "gzip" and packed.content == plain.content
-    assert int(packed.headers["content-length"]) < len(plain.content) / 3
-    for path in ("/charts.js", "/static/main.js", "/"):
-        tag = ask(path).headers["etag"]
-        assert ask(path, headers={"if-none-match": tag}).status_code == 304
+    until = time.monotonic() + 20
+    with TestClient(
+        make_app(root, Access()), base_url="http://localhost:8765"
+    ) as client:  # starts it, as a server does
+        plain = client.get("/charts.js", headers={"accept-encoding": "identity"})
+        assert "content-encoding" not in plain.headers and len(plain.content) > 10**6
+        packed = client.get("/charts.js")
+        while "content-encoding" not in packed.headers and time.monotonic() < until:
+            time.sleep(0.05)
+            packed = client.get("/charts.js")
+        assert packed.headers["content-encoding"] == "gzip" and packed.content == plain.content
+        assert int(packed.headers["content-length"]) < len(plain.content) / 3
+        for path in ("/charts.js", "/static/main.js", "/"):
+            tag = client.get(path).headers["etag"]
+            assert client.get(path, headers={"if-none-match": tag}).status_code == 304
+
+
+def test_the_newest_run_is_read_before_a_page_asks_and_nothing_is_read_where_there_is_none(tmp_path: Path) -> None:
+    root = tmp_path / "link"
+    root.symlink_to(tmp_path)
+    board = Dashboard(root, Stop())
+    board.read_newest()
+    make_run(tmp_path)
+    board.read_newest()
+    assert board.tables.kept() == (find_run(root, RUN).metrics,)  # the path that a page's questions name
 
 
 @pytest.mark.parametrize(
@@ -380,3 +395,40 @@ def test_ten_thousand_steps_come_in_bounded_size(tmp_path: Path) -> None:
     table.refresh()
     series = table.series(["a"], 2000)["a"]
     assert series["n"] == 10_000 and len(series["y"]) <= 2000
+
+
+@given(
+    st.lists(
+        st.dictionaries(
+            st.sampled_from(["kind", "step", "time_s", "a", "b", "rows/x", "trainer/tokens"]),
+            st.sampled_from(["step", "evaluation", 1, 2.5, -3.0, None, True, "text", [1], {"c": 1}, 10**400]),
+        ),
+        max_size=30,
+    )
+)
+def test_columns_are_those_of_reading_one_row_after_the_other(rows: list[dict[str, Any]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "metrics.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        table = MetricTable(path)
+        table.refresh()
+    found = table.series(["a"], 2000)["a"]
+
+    def number(value: object) -> float | None:
+        return float(value) if type(value) in (int, float) and abs(value) < 1e300 else None  # type: ignore[arg-type]
+
+    shown = [i for i, row in enumerate(rows) if "a" in row and (row["a"] is None or number(row["a"]) is not None)]
+    assert found["y"] == [number(rows[i]["a"]) for i in shown]
+    assert found["step"] == [number(rows[i].get("step")) or 0.0 for i in shown]
+    steps = [row if row.get("kind") == "step" else {} for row in rows]
+    for axis, name in (("tokens", "trainer/tokens"), ("trajectories", "rows/x")):
+        assert found[axis] == [sum(number(row.get(name)) or 0.0 for row in steps[: i + 1]) for i in shown]
+    assert table.last == next((row for row in reversed(rows) if row.get("kind") == "step"), {})
+
+
+def test_a_page_may_ask_for_one_axis_alone(root: Path) -> None:
+    ask = _client(root)
+    series = ask(f"/api/runs/{RUN}/series", keys="reward/mean", axis="step").json()["series"]["reward/mean"]
+    assert series == {"n": 3, "y": [0.25, 0.5, 0.75], "step": [1.0, 2.0, 3.0]}
+    refused = ask(f"/api/runs/{RUN}/series", keys="reward/mean", axis="y")
+    assert refused.status_code == 400 and "axis is one of step, time_s" in refused.json()["error"]

@@ -1,5 +1,6 @@
 """metrics.jsonl in columns, read once and then only what is new; series thinned to what a screen can show."""
 
+import itertools
 import json
 import math
 import threading
@@ -8,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -82,12 +83,9 @@ def read_new_lines(path: Path, cursor: Cursor, max_bytes: int = CHUNK_BYTES) -> 
     if num_bad:  # `data` begins amid the long line
         cut = data.find(b"\n") + 1
         start, data, end = start + cut, data[cut:], end - cut
-    rows = []
-    for line in data[:end].splitlines():
-        row = _row(line)
-        num_bad += row is None
-        if row is not None:
-            rows.append(row)
+    found = [_row(line) for line in data[:end].splitlines()]
+    rows = [row for row in found if row is not None]
+    num_bad += len(found) - len(rows)
     cursor = Cursor(inode=stat.inode, offset=start + end)
     more_left = end > 0 and cursor.offset < stat.offset and len(data) >= max_bytes
     return NewLines(rows=tuple(rows), cursor=cursor, restarted=restarted, num_bad=num_bad, more=more_left)
@@ -131,8 +129,8 @@ class MetricTable:
                     self._forget()
                 self.cursor = new.cursor
                 self.num_bad += new.num_bad
-                for row in new.rows:
-                    self._add(row)
+                for keys, rows in itertools.groupby(new.rows, key=tuple):
+                    self._add(keys, list(rows))
                 if not new.more:
                     return
 
@@ -149,15 +147,15 @@ class MetricTable:
                 for key, (rows, values) in sorted(self._columns.items())
             ]
 
-    def series(self, keys: Sequence[str], max_points: int) -> dict[str, Any]:
-        """Per name: `n` points in all; of at most `max_points` the value `y` (null: not finite) and every axis."""
+    def series(self, keys: Sequence[str], max_points: int, axes: Sequence[str] = AXES) -> dict[str, Any]:
+        """Per name: `n` points in all; of at most `max_points` the value `y` (null: not finite) and these axes."""
         with self._lock:
             found = {}
             for key in keys:
                 rows, values = self._columns.get(key, (array("q"), array("d")))
                 picks = thin(values, max_points)
-                axes = {axis: [self._axes[axis][rows[i]] for i in picks] for axis in AXES}
-                found[key] = {"n": len(values), "y": [_null(values[i]) for i in picks], **axes}
+                shown = {axis: [self._axes[axis][rows[i]] for i in picks] for axis in axes}
+                found[key] = {"n": len(values), "y": [_null(values[i]) for i in picks], **shown}
             return found
 
     def csv_lines(self, keys: Sequence[str]) -> Iterator[str]:
@@ -180,33 +178,42 @@ class MetricTable:
         self._counted: list[str] = []  # names that count trajectories
         self._axes = {axis: array("d") for axis in AXES}
 
-    def _add(self, row: dict[str, Any]) -> None:
-        number = len(self._axes["step"])
-        is_step = row.get("kind") == "step"
-        if is_step:
-            self._last = row
-        columns, isfinite = self._columns, math.isfinite
-        for key, value in row.items():  # a million times at the start of a large run's page
-            column = columns.get(key) or self._new_column(key, value)
-            if type(value) is not float or not isfinite(value):
-                number_or_none = _number(value)
-                if number_or_none is None and value is not None:
-                    continue
-                value = math.nan if number_or_none is None else number_or_none
-            if column is not None:
-                column[0].append(number)
-                column[1].append(value)
-        for axis in ("step", "time_s"):
-            self._axes[axis].append(_number(row.get(axis)) or 0.0)
-        num_trajectories = sum(_number(row.get(key)) or 0.0 for key in self._counted)
-        gained = {"tokens": _number(row.get("trainer/tokens")) or 0.0, "trajectories": num_trajectories}
-        for axis, count in gained.items():
-            self._axes[axis].append((self._axes[axis][-1] if number else 0.0) + (count if is_step else 0.0))
+    def _add(self, keys: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+        """Rows that follow each other and name the same: a column at a time, for a large run has a million values."""
+        first = len(self._axes["step"])
+        numbers = array("q", range(first, first + len(rows)))
+        self._last = next((row for row in reversed(rows) if row.get("kind") == "step"), self._last)
+        for key, values in zip(keys, zip(*(row.values() for row in rows), strict=True), strict=True):
+            column = self._columns.get(key) or self._new_column(key, values)
+            if column is None:
+                continue
+            if _finite_floats(values):
+                column[0].extend(numbers)
+                column[1].extend(array("d", values))
+                continue
+            for number, value in zip(numbers, values, strict=True):
+                found = _number(value)
+                if found is not None or value is None:
+                    column[0].append(number)
+                    column[1].append(math.nan if found is None else found)
+        self._add_axes(rows)
 
-    def _new_column(self, key: str, value: Any) -> tuple[array, array] | None:
+    def _add_axes(self, rows: list[dict[str, Any]]) -> None:
+        for axis in ("step", "time_s"):
+            self._axes[axis].extend(array("d", _cells(rows, axis)))
+        for axis, names in (("tokens", ["trainer/tokens"]), ("trajectories", self._counted)):
+            gained = [0.0] * len(rows)
+            for name in names:
+                gained = [a + b for a, b in zip(gained, _cells(rows, name), strict=True)]
+            counted = (n if row.get("kind") == "step" else 0.0 for n, row in zip(gained, rows, strict=True))
+            total = self._axes[axis][-1] if self._axes[axis] else 0.0
+            self._axes[axis].extend(array("d", list(itertools.accumulate(counted, initial=total))[1:]))
+
+    def _new_column(self, key: str, values: Sequence[Any]) -> tuple[array, array] | None:
         """None for what is no series, or one name too many."""
-        no_number = value is not None and _number(value) is None
-        if key in ("kind", "step", "time_s") or no_number or len(self._columns) >= MAX_KEYS:
+        if key in ("kind", "step", "time_s") or len(self._columns) >= MAX_KEYS:
+            return None
+        if not any(value is None or _number(value) is not None for value in values):
             return None
         if key.startswith("rows/"):
             self._counted.append(key)
@@ -220,6 +227,11 @@ class MetricTables:
         self._max_tables = max_tables
         self._tables: OrderedDict[Path, MetricTable] = OrderedDict()
         self._lock = threading.Lock()
+
+    def kept(self) -> tuple[Path, ...]:
+        """Whose columns are in memory."""
+        with self._lock:
+            return tuple(self._tables)
 
     def get(self, path: Path) -> MetricTable:
         """Up to date."""
@@ -250,6 +262,17 @@ def thin(values: Sequence[float], max_points: int) -> list[int]:
         picks.add(start + int(low[start:end].argmin()))
         picks.add(start + int(high[start:end].argmax()))
     return sorted(picks)
+
+
+def _cells(rows: Sequence[dict[str, Any]], key: str) -> Sequence[float]:
+    """A number for each row; 0 where it has none."""
+    values = [row.get(key) for row in rows]
+    return values if _finite_floats(values) else [_number(value) or 0.0 for value in values]
+
+
+def _finite_floats(values: Sequence[Any]) -> TypeGuard[Sequence[float]]:
+    """Told by the sum: one value that is not finite makes it so."""
+    return set(map(type, values)) == {float} and math.isfinite(sum(values))
 
 
 def _number(value: Any) -> float | None:

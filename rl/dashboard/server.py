@@ -4,8 +4,10 @@ Every answer is bounded: rows by paging, series by thinning, texts and files by 
 files at the time of asking; nothing is kept but the columns of metrics.jsonl.
 """
 
+import contextlib
 import functools
 import json
+import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,11 @@ from starlette.routing import Route
 
 from rl.dashboard import database, overview, processes
 from rl.dashboard.folders import NotThere, Refused, config_group, confined, find_run, read_text
-from rl.dashboard.metrics import MetricTables
+from rl.dashboard.metrics import AXES, MetricTables
 from rl.dashboard.security import Access, Guard
 from rl.dashboard.static_files import STATIC, ChartLibrary, send_file, send_static
 from rl.dashboard.stream import MAX_STREAMS, follow
-from rl.run_folder import RunFolder, list_runs
+from rl.run_folder import LATEST, RunFolder, list_runs
 from rollout.codec import plain
 
 MAX_ANSWER_BYTES = 8 * 2**20
@@ -47,6 +49,11 @@ class Dashboard:
         self.stop = stop
         self.tables = MetricTables()
         self.num_streams = 0
+
+    def read_newest(self) -> None:
+        """The columns of the run that is looked at first, most often."""
+        with contextlib.suppress(NotThere, OSError):
+            self.tables.get(find_run(self.root, LATEST).metrics)
 
     def runs(self, _: Mapping[str, str]) -> dict[str, Any]:
         found = []
@@ -89,9 +96,12 @@ class Dashboard:
         keys = [key for key in query.get("keys", "").split(",") if key]
         if not 1 <= len(keys) <= MAX_SERIES:
             raise Refused(f"keys names 1 to {MAX_SERIES} series, separated by commas; got {len(keys)}")
+        axes = AXES if "axis" not in query else (query["axis"],)
+        if not set(axes) <= set(AXES):
+            raise Refused(f"axis is one of {', '.join(AXES)}; got {query['axis'][:50]!r}")
         table = self.tables.get(folder.metrics)
         max_points = _whole(query, "max_points", MAX_POINTS, 2, MAX_POINTS)
-        return {"run": folder.name, "series": table.series(keys, max_points), "cursor": str(table.cursor)}
+        return {"run": folder.name, "series": table.series(keys, max_points, axes), "cursor": str(table.cursor)}
 
     def trajectories(self, folder: RunFolder, query: Mapping[str, str]) -> dict[str, Any]:
         filters = {k: v for k, v in query.items() if k not in ("before", "limit") and v != ""}
@@ -190,7 +200,14 @@ def make_app(root: Path, access: Access, stop: Stop | None = None) -> Guard:
         Route("/api/runs/{run}/images/{sha256}", functools.partial(_image, board)),
         Route("/api/runs/{run}/stream", functools.partial(_stream, board)),
     ]
-    return Guard(Starlette(routes=routes), access)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        charts.compress()  # both before the first page asks: beside that page they would slow it
+        threading.Thread(target=board.read_newest, name="read-newest", daemon=True).start()
+        yield
+
+    return Guard(Starlette(routes=routes, lifespan=lifespan), access)
 
 
 # --- requests and answers -------------------------------------------------------------------------------------------

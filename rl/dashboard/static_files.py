@@ -51,7 +51,6 @@ class ChartLibrary:
 
     def send(self, request: Request) -> Response:
         answer = send_file(request, self._path)
-        self.compress()
         answer.headers["vary"] = "accept-encoding"
         takes_gzip = "gzip" in request.headers.get("accept-encoding", "")
         if answer.status_code != 200 or not self._compressed or not takes_gzip:

@@ -51,7 +51,7 @@ export async function overviewView(view, run, query, signal) {
   const load = async () => {
     const keys = [...new Set(charts.flatMap((chart) => chart.keys))].slice(0, 250).join(",");
     if (!keys) return;
-    const answer = await ask(["runs", run, "series"], { keys, max_points: 500 }, signal);
+    const answer = await ask(["runs", run, "series"], { keys, max_points: 500, axis: "step" }, signal);
     Object.assign(store, answer.series);
     cursor = answer.cursor;
   };
