@@ -21,6 +21,7 @@ import torch
 from conf.schema import EngineConfig
 from policy.engine import CachePolicy, Completion, EngineError, EngineStats, FinishReason
 from policy.hybrid_config import HybridConfig
+from policy.model import PolicyShape
 from policy.running_batch import Ticket
 from policy.vllm_packages import prepare, vllm_build
 from policy.vllm_routes import RouteCapture
@@ -113,7 +114,7 @@ class VllmStepper:
             (self._capture,) = self._engine.collective_rpc(lambda worker: RouteCapture(worker.model_runner))
 
     @staticmethod
-    def captures_routes(model: HybridConfig, config: EngineConfig) -> bool:
+    def captures_routes(model: PolicyShape, config: EngineConfig) -> bool:
         """The hooks see eager calls alone."""
         own = config.vllm
         return model.num_experts > 0 and own.routes and own.enforce_eager and vllm_build() == "cpu"

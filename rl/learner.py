@@ -92,9 +92,9 @@ class Learner:
         self._self_checked = False
         self._bound = StalenessBound(max_staleness=max_staleness, groups_per_step=groups_per_step)
         self._total_updates = total_steps * config.updates_per_step
-        self._banned = tuple(banned_token_ids)
+        self.banned_token_ids = tuple(banned_token_ids)
         self._price = price
-        self._tolerance = config.self_check_tolerance or engine_tolerance
+        self.tolerance = config.self_check_tolerance or engine_tolerance
         self._horizon = horizon
         self._advantage = choose("advantage", config.loss.advantage, ADVANTAGES)
         self._loss = choose("loss", config.loss.name, LOSSES)
@@ -109,9 +109,8 @@ class Learner:
         started = time.perf_counter()
         version = self.policy_version
         self._check_staleness(groups)
-        judged = [
-            judge_group(group, self._advantage, price=self._price, banned=frozenset(self._banned)) for group in groups
-        ]
+        banned = frozenset(self.banned_token_ids)
+        judged = [judge_group(group, self._advantage, price=self._price, banned=banned) for group in groups]
         rows = [row for group_rows in judged for row in group_rows]
         scores = {} if self._self_checked else self._self_check(rows)
         several = self.config.updates_per_step > 1
@@ -194,12 +193,12 @@ class Learner:
             recorded = trajectory.rollout_logprobs[positions]
             gap = np.abs(logprobs - recorded)
             worst = int(np.nan_to_num(gap, nan=np.inf).argmax())
-            if not gap[worst] <= self._tolerance:
+            if not gap[worst] <= self.tolerance:
                 raise SelfCheckError(
                     f"learner and engine disagree on weights of version {self.policy_version}: trajectory "
                     f"{trajectory.trajectory_id!r}, token {positions[worst]}: learner logprob {logprobs[worst]:.6f}, "
                     f"rollout logprob {recorded[worst]:.6f}, difference {gap[worst]:.2e} > tolerance "
-                    f"{self._tolerance:.0e}. Usual causes: the engine holds other weights or another precision, "
+                    f"{self.tolerance:.0e}. Usual causes: the engine holds other weights or another precision, "
                     "temperature, top_p, top_k or banned tokens differ, or its cached state is wrong"
                 )
         self._self_checked = bool(fresh)
@@ -208,7 +207,7 @@ class Learner:
     def _score(self, rows: Sequence[Row], indices: Sequence[int]) -> Scores:
         trajectories = [rows[i].trajectory for i in indices]
         packs = pack(trajectories, max_tokens=self.config.micro_batch_tokens, device=self.model.device)
-        return {indices[k]: logprobs for k, logprobs in score_rows(self.model, packs, self._banned).items()}
+        return {indices[k]: logprobs for k, logprobs in score_rows(self.model, packs, self.banned_token_ids).items()}
 
     def _parts(self, group_sizes: Sequence[int]) -> list[range]:
         """Row indices of each update: whole groups, as even as can be, in order."""
@@ -236,7 +235,7 @@ class Learner:
             ),
             self._loss,
             self.config.loss,
-            self._banned,
+            self.banned_token_ids,
         )
         result.logprobs = {trained[k]: logprobs for k, logprobs in result.logprobs.items()}
         return self._apply(result, rate)

@@ -37,7 +37,9 @@ def build_learner(config: TrainConfig) -> Learner:
         groups_per_step=config.rollout.groups_per_step,
         banned_token_ids=make_renderer(config.policy).banned_token_ids,
         price=ToolPrice(cost=config.env.tool_cost, below=config.env.tool_cost_below),
-        engine_tolerance=vllm_tolerance(model.config) if config.engine.kind == "vllm" else LOGPROB_TOLERANCE,
+        engine_tolerance=(
+            vllm_tolerance(model.config, config.engine) if config.engine.kind == "vllm" else LOGPROB_TOLERANCE
+        ),
         horizon=config.engine.max_model_tokens,
     )
 

@@ -68,9 +68,20 @@ def _top(args: Namespace) -> int:
 def _doctor_arguments(parser: ArgumentParser) -> None:
     reader_arguments(parser)
     parser.add_argument("--no-smoke", action="store_true", help="leave out the training of three steps (10 s)")
+    parser.add_argument(
+        "--engine", choices=["local", "vllm"], help="how far its logprobs are from the learner's; nothing else"
+    )
+    parser.add_argument("--policy", default="tiny_hybrid", metavar="NAME", help="of that comparison, as in policy=NAME")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of that comparison, e.g. env=shop_db")
 
 
 def _doctor(args: Namespace) -> int:
+    if args.engine:
+        from rl.consistency import main
+
+        return main(args.engine, args.policy, args.overrides, as_json=args.json)
+    if args.overrides:
+        raise UsageError(f"{args.overrides[0]!r}: settings are for the comparison of --engine alone")
     from rl.doctor import doctor
 
     return doctor(args.root, smoke=not args.no_smoke, as_json=args.json)
@@ -128,7 +139,8 @@ READER_COMMANDS: dict[str, Command] = {
     ),
     "doctor": Command(
         summary="is this machine ready? and the command that helps where it is not",
-        examples="  shoal doctor\n  shoal doctor --no-smoke --json        exit code 3: something failed",
+        examples="  shoal doctor\n  shoal doctor --no-smoke --json        exit code 3: something failed\n"
+        "  shoal doctor --engine vllm env=shop_db        how far its logprobs are from the learner's",
         arguments=_doctor_arguments,
         run=_doctor,
     ),

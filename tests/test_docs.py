@@ -39,7 +39,7 @@ from tests.documentation import (
 
 LINK = re.compile(r"\]\(([^)\s#]*)(?:#([^)\s]+))?\)")
 CHEAP = re.compile(
-    r"(PYTHONPATH=\S+ )?shoal( (ls|show|top|report|plot|diff|audit|doctor|completion|env (list|new|check))( .*)?"
+    r"(PYTHONPATH=\S+ )?shoal( (ls|show|top|report|plot|diff|audit|doctor(?! --engine vllm)|completion|env (list|new|check))( .*)?"
     r"| train .*dry_run=true| (\w+ )*--help|)"
 )
 ELSEWHERE = {

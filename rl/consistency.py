@@ -1,0 +1,187 @@
+"""`shoal doctor --engine E --policy P`: how far the engine's logprobs are from those of the learner, measured here.
+
+Real episodes of the configured environment are sampled by the engine as in training and scored by the learner as in
+training: under the first weights, with a prefix cache, after an update, with and without replayed routes, and with the
+learner's weights rounded as the engine's are.
+"""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import torch
+
+from conf.loading import load_config
+from conf.schema import TrainConfig
+from envs.task_source import held_out_tasks
+from policy.checkpoint_io import load_numpy_tensors
+from policy.weight_store import PolicySnapshot
+from rl.batch import pack
+from rl.cluster import build_pool
+from rl.gradient import score_rows
+from rl.learner import Learner
+from rl.learner_service import build_learner
+from rl.preflight import check_parts
+from rl.progress import plain_console
+from rl.train import task_entries
+from rollout.trajectory import Trajectory
+from rollout.worker import build_worker
+
+EPISODES = 32
+UPDATE_SIZE = 0.05
+"""Relative size of the noise that the update adds to every weight: ten times that of a large step of AdamW."""
+SAMPLE_S = 600.0
+"""Deadline of the start of an engine and its episodes."""
+FAILED = 3
+"""Exit code, that of `shoal doctor`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gap:
+    """|engine logprob - learner logprob| over sampled tokens."""
+
+    name: str
+    mean: float
+    max: float
+    tokens: int
+    judged: bool
+    """Training would meet it: it must be within the bound."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What `shoal doctor --engine` prints."""
+
+    engine: str
+    policy: str
+    episodes: int
+    turns: float
+    """Mean of an episode."""
+    bound: float
+    """`learner.self_check_tolerance`, or what the engine declares."""
+    gaps: tuple[Gap, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(gap.max <= self.bound for gap in self.gaps if gap.judged)
+
+
+def main(engine: str, policy: str, overrides: Sequence[str] = (), *, as_json: bool = False) -> int:
+    """0, or `FAILED` where the two differ more than training allows. Raises `ConfigError` for what cannot run here."""
+    config = load_config([f"engine={engine}", f"policy={policy}", "cluster=inprocess", *overrides])
+    check_parts(config)
+    report = asyncio.run(measure(config, policy=policy))
+    if as_json:
+        print(json.dumps(asdict(report) | {"ok": report.ok}))
+    else:
+        plain_console().print(report_text(report), highlight=False)
+    return 0 if report.ok else FAILED
+
+
+async def measure(config: TrainConfig, *, policy: str = "", episodes: int = EPISODES) -> Report:
+    """Start the engine, with vLLM once more with a prefix cache, and compare; each start has a deadline."""
+    learner = build_learner(config)
+    first, second = learner.snapshot(), updated(learner.snapshot())
+    before, after = await sample(config, (first, second), episodes)
+    gaps = compare(learner, "first weights", before)
+    if config.engine.kind == "vllm":
+        cached = replace(config, engine=replace(config.engine, vllm=replace(config.engine.vllm, prefix_cache=True)))
+        gaps += compare(learner, "first weights, prefix cache", *await sample(cached, (first,), episodes))
+        load_numpy_tensors(learner.model, in_bfloat16(first))
+        gaps += compare(learner, "first weights, the learner's rounded to bfloat16", before, judged=False)
+    load_numpy_tensors(learner.model, second.tensors)
+    gaps += compare(learner, "after an update", after)
+    return Report(
+        engine=config.engine.kind,
+        policy=policy,
+        episodes=len(before),
+        turns=sum(t.num_turns for t in before) / len(before),
+        bound=learner.tolerance,
+        gaps=tuple(gaps),
+    )
+
+
+def updated(snapshot: PolicySnapshot) -> PolicySnapshot:
+    """The next version: every weight moved by noise, as no training would move it so soon."""
+    rng = np.random.default_rng(0)
+    tensors = {
+        name: (weights * (1 + UPDATE_SIZE * rng.standard_normal(weights.shape))).astype(weights.dtype)
+        for name, weights in snapshot.tensors.items()
+    }
+    return PolicySnapshot.create(snapshot.version + 1, tensors)
+
+
+async def sample(
+    config: TrainConfig, snapshots: Sequence[PolicySnapshot], episodes: int
+) -> tuple[list[Trajectory], ...]:
+    """For each snapshot, in turn, the same problems played by one engine.
+
+    Raises TimeoutError past `SAMPLE_S`, RuntimeError where no episode succeeded in being played.
+    """
+    temperature = config.rollout.temperature
+    host = build_pool(config)
+    tasks = await held_out_tasks(task_entries(config), host, count=episodes, seed=config.evaluation.seed)
+    worker = build_worker(config, "doctor", host)
+    try:
+        async with asyncio.timeout(SAMPLE_S):
+            found = []
+            for snapshot in snapshots:
+                await worker.load_weights(snapshot)
+                played = await worker.evaluate(list(tasks.values()), temperature, f"doctor/{snapshot.version}")
+                good = [t for t in played if not t.stop_reason.is_error and t.num_sampled_tokens]
+                if not good:
+                    raise RuntimeError(f"none of {episodes} episodes could be played; the first: {played[0].error}")
+                found.append(good)
+            return tuple(found)
+    finally:
+        await worker.close()
+
+
+def in_bfloat16(snapshot: PolicySnapshot) -> dict[str, np.ndarray]:
+    """The weights as an engine of bfloat16 holds them. What is left of a gap with these is arithmetic."""
+    return {
+        name: torch.from_numpy(weights).to(torch.bfloat16).float().numpy() for name, weights in snapshot.tensors.items()
+    }
+
+
+def compare(learner: Learner, name: str, trajectories: Sequence[Trajectory], *, judged: bool = True) -> list[Gap]:
+    """Of experts two rows: with the engine's routes, as training does it, and with the learner's own."""
+    if all(t.routed_experts is None for t in trajectories):
+        return [gap(learner, name, trajectories, judged=judged)]
+    own = [replace(t, routed_experts=None) for t in trajectories]
+    return [
+        gap(learner, f"{name}, routes replayed", trajectories, judged=judged),
+        gap(learner, f"{name}, routes not replayed", own, judged=False),
+    ]
+
+
+def gap(learner: Learner, name: str, trajectories: Sequence[Trajectory], *, judged: bool) -> Gap:
+    packs = pack(trajectories, max_tokens=learner.config.micro_batch_tokens, device=learner.model.device)
+    scores = score_rows(learner.model, packs, learner.banned_token_ids)
+    recorded = [t.rollout_logprobs[t.loss_mask == 1] for t in trajectories]
+    differences = np.concatenate([np.abs(scores[i] - logprobs) for i, logprobs in enumerate(recorded)])
+    return Gap(
+        name=name, mean=float(differences.mean()), max=float(differences.max()), tokens=len(differences), judged=judged
+    )
+
+
+def report_text(report: Report) -> str:
+    width = max(len(gap.name) for gap in report.gaps)
+    lines = [
+        f"|logprob of engine={report.engine} - logprob of the learner|, policy={report.policy}: "
+        f"{report.episodes} episodes of {report.turns:.1f} turns",
+        f"{'':<{width}}  {'mean':>9}  {'largest':>9}  {'tokens':>7}",
+    ]
+    for gap in report.gaps:
+        verdict = "" if not gap.judged else "  ok" if gap.max <= report.bound else "  FAIL"
+        lines.append(f"{gap.name:<{width}}  {gap.mean:>9.2g}  {gap.max:>9.2g}  {gap.tokens:>7}{verdict}")
+    if report.ok:
+        lines.append(f"within the bound of {report.bound:g}: training starts")
+    else:
+        lines.append(
+            f"beyond the bound of {report.bound:g}: the first step of a training would refuse it. Find the cause, or "
+            "set learner.self_check_tolerance"
+        )
+    return "\n".join(lines)
