@@ -39,8 +39,8 @@ from tests.documentation import (
 
 LINK = re.compile(r"\]\(([^)\s#]*)(?:#([^)\s]+))?\)")
 CHEAP = re.compile(
-    r"(PYTHONPATH=\S+ )?shoal( (ls|show|top|report|plot|diff|audit|doctor(?! --engine vllm)|completion|env (list|new|check))( .*)?"
-    r"| train .*dry_run=true| (\w+ )*--help|)"
+    r"(PYTHONPATH=\S+ )?shoal( (ls|show|top|report|plot|diff|audit|doctor(?! --engine vllm)|completion"
+    r"|env (list|new|check))( .*)?| train .*dry_run=true| (\w+ )*--help|)"
 )
 ELSEWHERE = {
     "debugging-environments.md": "test_docs_debugging.py",
