@@ -143,10 +143,16 @@ def _resume(args: Namespace) -> int:
     return resume(str(folder.path.absolute()), args.overrides, root=args.root)
 
 
+def _ls_arguments(parser: ArgumentParser) -> None:
+    reader_arguments(parser)
+    parser.add_argument("--tag", action="append", default=[], metavar="NAME", help="runs that have it (shoal note)")
+    parser.add_argument("--text", default="", metavar="WORDS", help="runs with these words in their name or note")
+
+
 def _ls(args: Namespace) -> int:
     from rl.show import list_runs
 
-    return list_runs(args.root, as_json=args.json)
+    return list_runs(args.root, tags=args.tag, text=args.text, as_json=args.json)
 
 
 def _show_arguments(parser: ArgumentParser) -> None:
@@ -204,7 +210,12 @@ COMMANDS: dict[str, Command | CommandTable] = {
         arguments=_config_arguments,
         run=_sft,
     ),
-    "ls": Command(summary="list runs", examples="  shoal ls\n  shoal ls --json", arguments=reader_arguments, run=_ls),
+    "ls": Command(
+        summary="list runs",
+        examples="  shoal ls\n  shoal ls --tag baseline --text diverged\n  shoal ls --json",
+        arguments=_ls_arguments,
+        run=_ls,
+    ),
     "show": Command(
         summary="what a run did, or one of its episodes",
         examples="  shoal show latest\n  shoal show latest --traj 1\n  shoal show latest --traj train/calculator/17/3",

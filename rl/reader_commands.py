@@ -49,6 +49,20 @@ def _plot(args: Namespace) -> int:
     return plot(args.run, args.metrics, root=args.root, output=args.output, as_json=args.json)
 
 
+def _note_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("text", metavar="TEXT", nargs="?", help="becomes the run's note; '' removes it")
+    parser.add_argument("--tag", action="append", default=[], metavar="NAME", help="add a tag")
+    parser.add_argument("--untag", action="append", default=[], metavar="NAME", help="remove a tag")
+    reader_arguments(parser)
+
+
+def _note(args: Namespace) -> int:
+    from rl.notes import annotate
+
+    return annotate(args.run, args.text, tag=args.tag, untag=args.untag, root=args.root, as_json=args.json)
+
+
 def _top_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", nargs="?", default="latest", help=f"{RUN_HELP} (default: latest)")
     reader_arguments(parser)
@@ -124,6 +138,15 @@ READER_COMMANDS: dict[str, Command] = {
         examples="  shoal plot latest\n  shoal plot latest reward/mean policy/entropy -o curves.png",
         arguments=_plot_arguments,
         run=_plot,
+    ),
+    "note": Command(
+        summary="write a note and tags into a run's folder, or read them",
+        examples='  shoal note latest "the seed that diverged"      replaces the note\n'
+        "  shoal note latest --tag baseline --untag todo   the run may be live, or of another machine (by its path)\n"
+        "  shoal note latest                               what stands there\n"
+        "  shoal ls --tag baseline                         and the dashboard's list of runs finds them",
+        arguments=_note_arguments,
+        run=_note,
     ),
     "diff": Command(
         summary="in which settings, versions and results two runs differ",

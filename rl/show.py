@@ -6,6 +6,7 @@ visible, so that it can neither colour nor rewrite a terminal.
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any
@@ -52,9 +53,17 @@ def resolve_run(root: str, run: str) -> RunFolder:
         raise UsageError(str(error)) from None
 
 
-def list_runs(root: str, *, as_json: bool = False) -> int:
-    """Runs, newest first."""
-    runs = run_folder.list_runs(root)
+def list_runs(root: str, *, tags: Sequence[str] = (), text: str = "", as_json: bool = False) -> int:
+    """Runs, newest first; those that have every tag and, in name or note, the text."""
+    from rl.notes import Notes, read_notes  # which resolves runs by this module
+
+    every = run_folder.list_runs(root)
+    notes = {run.name: read_notes(run.path) for run in every}
+    runs = [
+        run
+        for run in every
+        if set(tags) <= set(notes[run.name].tags) and text.lower() in f"{run.name}\n{notes[run.name].note}".lower()
+    ]
     if as_json:
         rows = [
             {
@@ -64,24 +73,32 @@ def list_runs(root: str, *, as_json: bool = False) -> int:
                 "started_s": run.state.started_s if run.state else None,
                 "error": run.state.error if run.state else run.fault,
                 "summary": run.summary,
+                "note": notes[run.name].note,
+                "tags": notes[run.name].tags,
             }
             for run in runs
         ]
         print(json.dumps({"runs": rows}))
         return 0
+    if every and not runs:
+        print(f"none of the {len(every)} runs in {root}/ fits")
+        return 0
     if not runs:
         print(f"no runs in {root}/ yet: shoal train env=calculator makes one")
         return 0
-    table = Table("run", "status", "step", "success", "started", box=None)
+    noted = any(notes[run.name] != Notes() for run in runs)
+    table = Table("run", "status", "step", "success", "started", *(["tags", "note"] if noted else []), box=None)
     for run in runs:
+        note = visible(notes[run.name].note.partition("\n")[0])
+        said = (" ".join(notes[run.name].tags), note if len(note) <= 40 else note[:39] + "…") if noted else ()
         success = "-"
         if "success_after" in run.summary:
             success = f"{run.summary['success_before']:.2f} -> {run.summary['success_after']:.2f}"
         if run.state is None:
-            table.add_row(run.name, "unreadable", "-", success, "-")
+            table.add_row(run.name, "unreadable", "-", success, "-", *said)
             continue
         started = f"{duration(max(0.0, time.time() - run.state.started_s))} ago"
-        table.add_row(run.name, str(run.state.status), str(run.state.step), success, started)
+        table.add_row(run.name, str(run.state.status), str(run.state.step), success, started, *said)
     plain_console().print(table)
     return 0
 

@@ -24,6 +24,7 @@ from rl.dashboard.metrics import AXES, MetricTables
 from rl.dashboard.security import Access, Guard
 from rl.dashboard.static_files import STATIC, ChartLibrary, send_file, send_static
 from rl.dashboard.stream import MAX_STREAMS, follow
+from rl.notes import read_notes
 from rl.run_folder import LATEST, RunFolder, list_runs
 from rollout.codec import plain
 
@@ -63,8 +64,10 @@ class Dashboard:
             summary = {
                 k: run.summary.get(k) for k in ("env", "seed", "success_before", "success_after", "train_seconds")
             }
+            said = read_notes(run.path)
+            notes = {"note": said.note, "tags": said.tags}
             told = {"run": run.name, "fault": run.fault, "error": state.error if state else ""}
-            found.append({**told, **facts, **summary, "group": config_group(RunFolder(path=run.path))})
+            found.append({**told, **notes, **facts, **summary, "group": config_group(RunFolder(path=run.path))})
         return {"runs": found}
 
     def run(self, folder: RunFolder, _: Mapping[str, str]) -> dict[str, Any]:

@@ -1,0 +1,73 @@
+"""What people write about a run, beside what the run wrote itself: a note and tags, in notes.json of its folder."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rl.progress import visible
+from rl.run_folder import write_atomic
+from rl.show import resolve_run
+from rl.usage import UsageError
+
+MAX_NOTE_CHARS = 4_000
+MAX_TAGS = 50
+MAX_FILE_BYTES = 64 * 1024
+"""A larger notes.json was not written by us and is not read."""
+_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Notes:
+    """Example: Notes(note="the seed that diverged", tags=("baseline",))."""
+
+    note: str = ""
+    tags: tuple[str, ...] = ()
+    """In order of the alphabet, none twice."""
+
+
+def read_notes(run: Path) -> Notes:
+    """Of a run's folder; empty where notes.json is missing, a link, or not ours."""
+    path = run / "notes.json"
+    try:
+        if path.is_symlink() or path.stat().st_size > MAX_FILE_BYTES:
+            return Notes()
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return Notes()
+    if not isinstance(values, dict):
+        return Notes()
+    note, tags = values.get("note"), values.get("tags")
+    kept = {tag for tag in tags if isinstance(tag, str) and _TAG.fullmatch(tag)} if isinstance(tags, list) else set()
+    return Notes(note=note[:MAX_NOTE_CHARS] if isinstance(note, str) else "", tags=tuple(sorted(kept))[:MAX_TAGS])
+
+
+def write_notes(run: Path, notes: Notes) -> None:
+    """Raises `UsageError` for a long note, too many tags or one that is no tag."""
+    for tag in notes.tags:
+        if not _TAG.fullmatch(tag):
+            raise UsageError(f"a tag is 1 to 40 letters, digits, '.', '_' or '-', no sign first; got {tag[:60]!r}")
+    if len(notes.tags) > MAX_TAGS:
+        raise UsageError(f"a run has at most {MAX_TAGS} tags; got {len(notes.tags)}")
+    if len(notes.note) > MAX_NOTE_CHARS:
+        raise UsageError(f"a note has at most {MAX_NOTE_CHARS} characters; got {len(notes.note)}")
+    write_atomic(run / "notes.json", json.dumps(asdict(notes), indent=2) + "\n")
+
+
+def annotate(
+    run: str, text: str | None, *, tag: Sequence[str] = (), untag: Sequence[str] = (), root: str, as_json: bool = False
+) -> int:
+    """Replace the note where `text` is given ("" removes it), add and remove tags, print what stands then."""
+    folder = resolve_run(root, run)
+    had = read_notes(folder.path)
+    tags = tuple(sorted((set(had.tags) | set(tag)) - set(untag)))
+    notes = Notes(note=had.note if text is None else text, tags=tags)
+    if notes != had:
+        write_notes(folder.path, notes)
+    if as_json:
+        print(json.dumps({"run": folder.name, **asdict(notes)}))
+    else:
+        print(f"{folder.name}  tags: {' '.join(notes.tags) or 'none'}")
+        print(visible(notes.note) or "no note")
+    return 0
