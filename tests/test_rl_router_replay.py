@@ -1,0 +1,70 @@
+"""Router replay, from engine to learner: two turns are sampled, their routes replayed by the learner that trains."""
+
+import asyncio
+from dataclasses import replace
+
+import numpy as np
+
+from conf.schema import LossConfig
+from policy.hybrid import HybridModel
+from rl.batch import pack
+from rl.gradient import RowValues, accumulate
+from rl.loss import LOSSES
+from rollout.token_record import TokenRecord
+from rollout.trajectory import Trajectory
+from tests.engine_cases import CASES, EngineCase
+from tests.test_policy_engine_contract import ask, random_prompt, serving
+from tests.trajectories import make_trajectory
+
+CASE = CASES["local-moe"]
+
+
+async def two_turns(case: EngineCase) -> TokenRecord:
+    record = TokenRecord()
+    async with serving(case) as engine:
+        for turn in range(2):
+            record.append_given(random_prompt(9 + turn).tolist())
+            record.append_sampled(await engine.generate(ask(record.token_ids, max_tokens=12, seed=turn)))
+    return record
+
+
+def trajectory_of(record: TokenRecord) -> Trajectory:
+    blank = make_trajectory(token_ids=record.token_ids.tolist(), loss_mask=record.loss_mask.tolist())
+    return replace(blank, rollout_logprobs=record.logprobs, routed_experts=record.routed_experts)
+
+
+def trained(model: HybridModel, trajectory: Trajectory) -> np.ndarray:
+    """pi / mu of every sampled token; the gradient is left in the model."""
+    recorded = trajectory.rollout_logprobs[trajectory.loss_mask == 1]
+    model.zero_grad()
+    result = accumulate(
+        model,
+        pack([trajectory], max_tokens=4096, device=model.device),
+        RowValues(advantages=[1.0], weights=[1.0 / len(recorded)], rollout_logprobs=[recorded]),
+        LOSSES["clipped"],
+        LossConfig(),
+        (),
+    )
+    return np.exp(result.logprobs[0] - recorded)
+
+
+def test_two_turns_replayed_with_equal_weights_have_ratio_one_and_teach_every_router() -> None:
+    assert CASE.model is not None
+    model = CASE.model(0)
+    record = asyncio.run(two_turns(CASE))
+    trajectory = trajectory_of(record)
+    routes = record.routed_experts
+    inside_turns = (record.loss_mask[:-1] == 1) & (record.loss_mask[1:] == 1)  # the last of a turn was not fed in it
+    assert routes is not None and (routes[:-1][inside_turns] >= 0).all() and (routes[-1] == -1).all()
+    assert np.abs(trained(model, trajectory) - 1).max() <= 1e-4
+    gates = {name: parameter.grad for name, parameter in model.named_parameters() if name.endswith("mlp.gate.weight")}
+    assert gates and all(grad is not None and grad.norm() > 0 for grad in gates.values())
+
+
+def test_other_routes_than_the_engines_give_other_ratios() -> None:
+    assert CASE.model is not None
+    model = CASE.model(0)
+    trajectory = trajectory_of(asyncio.run(two_turns(CASE)))
+    assert trajectory.routed_experts is not None
+    turned = np.where(trajectory.routed_experts < 0, -1, (trajectory.routed_experts + 1) % model.config.num_experts)
+    assert np.abs(trained(model, replace(trajectory, routed_experts=turned.astype(np.int16))) - 1).max() > 1e-3
