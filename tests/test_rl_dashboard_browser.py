@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.dashboard_runs import RUN, make_run, metric_rows, start_server, until
+from rl.notes import Notes, write_notes
+from rl.run_folder import RunFolder
+from tests.dashboard_runs import RUN, XSS, make_run, metric_rows, start_server, until
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
@@ -40,6 +42,7 @@ def test_every_view_shows_what_the_rows_say_and_survives_a_killed_server(page, t
         assert RUN in visit("")
         points = page.evaluate("document.getElementById('overlay').data[0].y.length")
         assert points == sum("reward/mean" in row for row in metric_rows(folder))
+        _find_runs_by_their_notes(page, tmp_path)
 
         visit("overview")
         last = [row for row in metric_rows(folder) if row["kind"] == "step"][-1]
@@ -64,8 +67,7 @@ def test_every_view_shows_what_the_rows_say_and_survives_a_killed_server(page, t
         groups = sqlite3.connect(folder / "ledger.sqlite").execute("SELECT COUNT(*) FROM groups").fetchone()[0]
         assert int(page.inner_text("[data-audit=issued] b")) == groups
         assert "learner.clip_low" in visit("config")
-        visit("logs")
-        until(page, "document.querySelector('pre.log').textContent.includes('hello from the log')")
+        _read_and_follow_logs(page, folder, visit)
         assert "checkpoint" in visit("events")
         visit("timeline")
         assert page.evaluate("document.querySelector('.chart').data.length") == 2
@@ -77,6 +79,49 @@ def test_every_view_shows_what_the_rows_say_and_survives_a_killed_server(page, t
         server.kill()
         server.wait(10)
         db.close()
+
+
+def _find_runs_by_their_notes(page, root: Path) -> None:
+    """What shoal note wrote is shown, as text, and finds a run by tag and by words; the address keeps both."""
+    write_notes(RunFolder.create(root, "calc", "tiny", name="noted").path, Notes(note=XSS, tags=("baseline", "old")))
+    page.goto(f"{page.url.split('#')[0]}#/?tag=baseline")
+    until(page, "document.getElementById('view').dataset.ready === location.hash")
+    rows = page.locator("#view tbody tr")
+    assert rows.count() == 1 and "noted" in rows.first.inner_text() and "baseline old" in rows.first.inner_text()
+    assert rows.locator("td").last.text_content() == XSS and page.locator("#view script, #view img").count() == 0
+    page.select_option("[aria-label=tag]", "")
+    until(page, "document.querySelectorAll('#view tbody tr').length === 2")
+    page.fill("[aria-label=text]", "RUN-A")
+    page.press("[aria-label=text]", "Enter")
+    until(page, "location.hash.includes('text=RUN-A') && document.querySelectorAll('#view tbody tr').length === 1")
+    assert RUN in rows.first.inner_text()
+
+
+def _read_and_follow_logs(page, folder: Path, visit: Callable[[str], str]) -> None:
+    """Each process's lines are those of its file, a word picks among them, a line that is appended comes by itself."""
+    other = folder / "logs" / "worker-1.log"
+    other.write_text("".join(f"line {n} of worker 1\n" for n in range(30)))
+
+    def lines() -> list[str]:
+        return page.text_content("pre.log").strip("\n").split("\n")
+
+    def stored(path: Path) -> list[str]:
+        return path.read_text().strip("\n").split("\n")
+
+    visit("logs")
+    until(page, "document.querySelector('pre.log').textContent.includes('hello from the log')")
+    assert lines() == stored(folder / "logs" / "worker-0.log")
+    page.select_option("#view select", "worker-1.log")
+    until(page, "location.hash.includes('worker-1') && document.querySelector('pre.log')?.textContent.includes('line')")
+    assert lines() == stored(other) and "hello" not in page.text_content("pre.log")
+    page.fill("#view input", "line 2")
+    assert lines() == [line for line in stored(other) if "line 2" in line] and len(lines()) == 11
+    with other.open("a") as file:
+        file.write("line 30 is left out\nline 200 comes\n")
+    until(page, "document.querySelector('pre.log').textContent.includes('line 200 comes')", timeout=10_000)
+    assert lines() == [line for line in stored(other) if "line 2" in line] and len(lines()) == 12
+    page.fill("#view input", "")
+    assert lines() == stored(other)
 
 
 def _read_one_episode(page, db: sqlite3.Connection, visit: Callable[[str], str]) -> None:

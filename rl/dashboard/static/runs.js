@@ -8,9 +8,12 @@ const AXES = [["step", "step"], ["tokens", "trained tokens"], ["trajectories", "
 
 export async function runsView(view, query, signal) {
   const { runs } = await ask(["runs"], {}, signal);
+  const shown = runs.filter((run) => fits(run, query));
   if (!runs.length) return fill(view, el("p", {}, "No runs yet: shoal train env=calculator makes one."));
-  const chosen = new Set(query.runs ? query.runs.split(",") : runs.slice(0, 4).map((run) => run.run));
-  const choice = { key: query.key || "reward/mean", x: query.x || "step", smooth: query.smooth || "0", log: query.log || "", mean: query.mean || "" };
+  const chosen = new Set(query.runs ? query.runs.split(",") : shown.slice(0, 4).map((run) => run.run));
+  const choice = { key: query.key || "reward/mean", x: query.x || "step", smooth: query.smooth || "0", log: query.log || "", mean: query.mean || "",
+    tag: query.tag || "", text: query.text || "" };
+  const narrow = (values) => { location.hash = hash([], { ...choice, ...values }); }; // and the first that are left are drawn
   const change = (values) => {
     Object.assign(choice, values);
     history.replaceState(null, "", hash([], { ...choice, runs: [...chosen].join(",") }));
@@ -28,6 +31,10 @@ export async function runsView(view, query, signal) {
       check("log scale", choice.log, (log) => change({ log })),
       check("mean and range over seeds", choice.mean, (mean) => change({ mean })), "CSV:", files),
     chart, problem,
+    el("div", { class: "bar" }, "runs with",
+      select([["", "any tag"], ...[...new Set(runs.flatMap((run) => run.tags))].sort().map((tag) => [tag, tag])], choice.tag, (tag) => narrow({ tag }), { "aria-label": "tag" }),
+      el("input", { value: choice.text, size: 24, placeholder: "words in name or note", "aria-label": "text", onchange: (event) => narrow({ text: event.target.value }) }),
+      el("span", { class: "dim" }, `${shown.length} of ${runs.length}; shoal note RUN writes notes and tags`)),
     table([
       ["", (run) => check("", chosen.has(run.run) ? "1" : "", (on) => { on ? chosen.add(run.run) : chosen.delete(run.run); change({}); })],
       ["run", (run) => link(["run", run.run, "overview"], {}, run.run)],
@@ -37,7 +44,8 @@ export async function runsView(view, query, signal) {
       ["env", (run) => run.env || ""], ["seed", (run) => num(run.seed), true],
       ["success before", (run) => num(run.success_before, 3), true], ["success after", (run) => num(run.success_after, 3), true],
       ["started", (run) => (run.started_s ? new Date(run.started_s * 1000).toISOString().slice(0, 16).replace("T", " ") : "")],
-    ], runs));
+      ["tags", (run) => run.tags.join(" ")], ["note", (run) => el("div", { class: "text" }, run.note)],
+    ], shown));
 
   function together(group) {
     chosen.clear();
@@ -62,6 +70,10 @@ export async function runsView(view, query, signal) {
   await draw();
   const first = [...chosen][0];
   if (first) ask(["runs", first], {}, signal).then(({ keys }) => fill(names, keys.map(({ key }) => el("option", { value: key })))).catch(() => {});
+}
+
+function fits(run, { tag, text: words }) {
+  return (!tag || run.tags.includes(tag)) && (!words || `${run.run}\n${run.note}`.toLowerCase().includes(words.toLowerCase()));
 }
 
 // One line for the runs of equal settings, all but the seed: its mean and its range.
