@@ -56,7 +56,7 @@ export async function runsView(view, query, signal) {
 
   async function draw() {
     const asked = [...chosen].filter((name) => runs.some((run) => run.run === name)).slice(0, 32);
-    const answers = await Promise.allSettled(asked.map((run) => ask(["runs", run, "series"], { keys: choice.key }, signal)));
+    const answers = await Promise.allSettled(asked.map((run) => ask(["runs", run, "series"], { keys: choice.key, axis: choice.x }, signal)));
     if (signal.aborted) return;
     const found = answers.filter((answer) => answer.status === "fulfilled").map((answer) => answer.value);
     let lines = found.map((answer) => ({ run: answer.run, name: answer.run, x: answer.series[choice.key][choice.x], y: smooth(answer.series[choice.key].y, Number(choice.smooth)) }))
