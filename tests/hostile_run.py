@@ -51,6 +51,7 @@ def make_hostile_run(root: Path) -> tuple[Path, set[str]]:
     state = json.loads((path / "run.json").read_text())
     (path / "run.json").write_text(json.dumps(state | once | {"status": "failed"}))
     (path / "summary.json").write_text(json.dumps({"env": all_marked("summary.env")}))
+    (path / "notes.json").write_text(json.dumps({"note": all_marked("notes.note"), "tags": list(ATTACKS)}))
     config = {marked("config.key", a): marked("config.value", a) for a in ATTACKS}
     (path / "config.yaml").write_text(yaml.safe_dump({"policy": {"dialect": "tiny"}, "env": config}))
     manifest = {marked("manifest.key", a): [marked("manifest.value", a)] for a in ATTACKS}
@@ -61,7 +62,7 @@ def make_hostile_run(root: Path) -> tuple[Path, set[str]]:
         folder.mkdir()
         (folder / "run.json").write_text(json.dumps(state | {"status": attack}))  # no status: the fault names it
     fields |= {*(f"run.{name}" for name in once), "summary.env", "config.key", "config.value", "manifest.key"}
-    return path, fields | {"manifest.value", "log.name", "log.text", "folder"}
+    return path, fields | {"notes.note", "manifest.value", "log.name", "log.text", "folder"}
 
 
 def _fill_trajectories(path: Path, fields: set[str]) -> None:

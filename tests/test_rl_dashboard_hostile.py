@@ -27,7 +27,7 @@ EPISODE = {
     *(f"trajectories.turns.reply.tool_result.{name}" for name in ("call_id", "name", "content", "error")),
 }
 SHOWN = {
-    "runs": {"run.error", "summary.env", "folder", "metric"},
+    "runs": {"run.error", "notes.note", "summary.env", "folder", "metric"},
     "overview": {"run.error", "metric", "alert.rule", "alert.text", "alert.value", "alert.threshold",
                  "trajectories.status"},
     "trajectories": {"groups.group_id", "trajectories.env_name", "trajectories.status", "trajectories.cause",
