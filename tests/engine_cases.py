@@ -131,7 +131,12 @@ def scripted_case() -> EngineCase:
 CASES = {"local-dense": local_case("dense"), "local-moe": local_case("moe"), "scripted": scripted_case()}
 VLLM = {name: vllm_case(name) for name in ("vllm-dense", "vllm-dense-untied", "vllm-moe", "vllm-moe-untied")}
 needs_vllm = [pytest.mark.vllm, pytest.mark.skipif(vllm_build() is None, reason="needs the vLLM extra")]
-VLLM_PARAMETERS = [pytest.param(case, id=name, marks=needs_vllm) for name, case in VLLM.items()]
+SMALL_SETTING = ("vllm-dense", "vllm-moe-untied")
+"""What CI runs of them; with the others, marked slow, the same tests take twice as long."""
+VLLM_PARAMETERS = [
+    pytest.param(case, id=name, marks=needs_vllm if name in SMALL_SETTING else [*needs_vllm, pytest.mark.slow])
+    for name, case in VLLM.items()
+]
 
 
 def every(*cases: str) -> pytest.MarkDecorator:
