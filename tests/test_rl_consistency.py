@@ -4,6 +4,7 @@ import asyncio
 import json
 
 import pytest
+import torch
 
 from conf.loading import load_config
 from policy.vllm_packages import vllm_build
@@ -65,3 +66,17 @@ def test_vllm_is_compared_with_a_prefix_cache_and_after_an_update(
     judged = [gap for gap in report["gaps"] if gap["judged"]]
     assert report["ok"] and [gap["name"].split(", routes")[0] for gap in judged] == JUDGED
     assert all(gap["mean"] <= 0.01 and gap["tokens"] > 100 for gap in judged)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: torch.cuda.is_available() is false")
+@pytest.mark.parametrize(
+    "engine",
+    ["local", pytest.param("vllm", marks=pytest.mark.skipif(vllm_build() is None, reason="needs the vLLM extra"))],
+)
+@pytest.mark.parametrize(("policy", "init"), [("tiny_hybrid", "auto"), ("tiny_moe", "random")])
+def test_on_a_gpu_an_engine_is_within_the_learners_bound(engine: str, policy: str, init: str) -> None:
+    words = [f"engine={engine}", f"policy={policy}", f"policy.init={init}", "cluster=inprocess"]
+    config = load_config([*words, "cluster.learner_gpus=1", "cluster.worker_gpus=1"])
+    report = asyncio.run(measure(config, policy=policy))
+    assert report.ok, report_text(report)
