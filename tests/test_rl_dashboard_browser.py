@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def test_every_view_shows_what_the_rows_say_and_survives_a_killed_server(page, t
         consumed = db.execute("SELECT COUNT(*) FROM trajectories WHERE status = 'consumed'").fetchone()[0]
         assert page.locator("#view tbody tr").count() == consumed > 0
 
-        _read_one_episode(page, db, visit)
+        _read_one_episode(page, folder, db, visit)
 
         assert "worker-0" in visit("workers")
         visit("ledger")
@@ -124,12 +125,18 @@ def _read_and_follow_logs(page, folder: Path, visit: Callable[[str], str]) -> No
     assert lines() == stored(other)
 
 
-def _read_one_episode(page, db: sqlite3.Connection, visit: Callable[[str], str]) -> None:
+def _read_one_episode(page, folder: Path, db: sqlite3.Connection, visit: Callable[[str], str]) -> None:
     """Its hostile text is text, and every token has a line."""
-    row, turns = db.execute("SELECT row, turns FROM trajectories WHERE status = 'consumed' LIMIT 1").fetchone()
+    sql = "SELECT row, group_id, turns FROM trajectories WHERE status = 'consumed' LIMIT 1"
+    row, group, turns = db.execute(sql).fetchone()
     text = json.loads(turns)[0]["message"]["content"][0]["text"]
     assert "<script>" in text
-    assert text in visit(f"trajectory/{row}")  # hostile text, as text
+    shown = visit(f"trajectory/{row}")
+    assert text in shown  # hostile text, as text
+    with closing(sqlite3.connect(folder / "ledger.sqlite")) as ledger:
+        sql = "SELECT attempt, step FROM groups WHERE state = 'consumed' AND group_id = ?"
+        attempt, step = ledger.execute(sql, (group,)).fetchone()
+    assert f"lineage of its group\tissued → leased {attempt}x → committed → consumed at step {step}\n" in shown
     assert page.locator("#view script, #view img[src=x]").count() == 0
 
     visit(f"tokens/{row}")

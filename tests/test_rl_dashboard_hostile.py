@@ -19,7 +19,7 @@ EPISODE = {
     *(f"trajectories.error.{name}" for name in ("kind", "where", "message", "traceback")),
     *("trajectories.meta.value", "trajectories.prompt.role", "trajectories.prompt.content.text"),
     *("trajectories.turns.finish_reason", "trajectories.turns.message.role", "trajectories.turns.reply.role"),
-    "trajectories.turns.message.content.text",
+    *("trajectories.turns.message.content.text", "trajectories.engine"),
     *(
         f"trajectories.turns.message.tool_calls.{name}"
         for name in ("name", "error", "arguments.key", "arguments.value")
@@ -44,7 +44,7 @@ SHOWN = {
 }  # fmt: skip
 """View -> fields that it must show as text."""
 NOT_SHOWN = {
-    *("run.host", "groups.task", "groups.digest", "trajectories.env_id", "trajectories.engine", "trajectories.split"),
+    *("run.host", "groups.task", "groups.digest", "trajectories.env_id", "trajectories.split"),
     *("trajectories.problem_digest", "trajectories.routed_shape", "trajectories.meta.key"),
     *("trajectories.reward_parts.value", "trajectories.prompt.content.media_type", "trajectories.turns.parse_status"),
     *(f"trajectories.task.{name}" for name in ("env_id", "env_name", "task_id")),

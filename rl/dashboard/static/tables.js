@@ -30,7 +30,7 @@ export async function ledgerView(view, run, query, signal) {
     el("p", {}, next ? link(["run", run, "ledger"], { state: query.state, before: next }, "older") : "no more"));
 }
 
-function lineage(group) {
+export function lineage(group) {
   const story = ["issued"];
   if (group.attempt) story.push(`leased ${group.attempt}x`);
   if (group.redispatched) story.push(`given out again ${group.redispatched}x`);

@@ -2,16 +2,18 @@
 
 import { address, ask } from "./api.js";
 import { el, fill, link, num, table, text } from "./dom.js";
+import { lineage } from "./tables.js";
 
 export async function trajectoryView(view, run, key, query, signal) {
   const t = await ask(["runs", run, "trajectory"], { row: key }, signal);
+  const story = t.split === "train" ? await storyOf(run, t.group_id, signal) : "held out: no group of the ledger";
   const parts = Object.entries(t.reward_parts || {});
   const facts = [["environment", `${t.env_name}, level ${t.level}, seed ${t.seed}`], ["reward", num(t.reward)],
     ["reward parts", parts.map(([name, value]) => `${name} ${num(value)}`).join(", ") || "none"], ["advantage", num(t.advantage)],
     ["status", t.cause ? `${t.status} (${t.cause})` : t.status], ["trained at step", num(t.step)], ["staleness", num(t.staleness)],
     ["policy versions", `${t.min_version} to ${t.max_version}`], ["stop reason", t.stop_reason],
     ["tokens", `${t.num_tokens}, sampled ${t.num_sampled_tokens}`], ["time", `${num(t.seconds, 3)} s, of it environment ${num(t.env_seconds, 3)} s`],
-    ["worker", t.worker], ["attempt", `${t.attempt}, of the group ${t.group_attempt}`]];
+    ["worker", t.worker], ["engine", t.engine], ["lineage of its group", story], ["attempt", `${t.attempt}, of the group ${t.group_attempt}`]];
   fill(view, el("h1", {}, t.id),
     el("p", {}, link(["run", run, "tokens", key], {}, "tokens"), " · ", link(["run", run, "ledger"], { group: t.group_id }, "ledger"),
       " · ", el("code", {}, `shoal show ${run} --traj ${key}`)),
@@ -29,6 +31,15 @@ export async function trajectoryView(view, run, key, query, signal) {
     el("div", { class: "siblings" }, t.siblings.map((sibling) => el("div", { class: sibling.row === t.row ? "sibling here" : "sibling" },
       link(["run", run, "trajectory", sibling.row], {}, `member ${sibling.member}`), el("br"), `reward ${num(sibling.reward)}`, el("br"),
       `advantage ${num(sibling.advantage, 3)}`, el("br"), `${sibling.num_turns} turns, ${sibling.num_sampled_tokens} tokens`, el("br"), sibling.stop_reason))));
+}
+
+async function storyOf(run, group, signal) {
+  try {
+    return (await ask(["runs", run, "ledger"], { group }, signal)).rows.map(lineage).join();
+  } catch (error) {
+    if (signal.aborted) throw error;
+    return String(error.message); // episodes that were only served have no ledger
+  }
 }
 
 function messageNode(run, message) {

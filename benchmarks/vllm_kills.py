@@ -1,0 +1,128 @@
+"""A run on vLLM whose engine process is killed again and again while it samples: is anything lost, doubled or stale?
+
+    shoal bench vllm_kills [--json] [--kills 20]
+
+`shoal train engine=vllm` with one worker, in a folder that is removed again. Each time the worker's process has fed a
+step it gets SIGKILL, at a random moment of the next second. Afterwards the ledger and the stored rows are counted.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.machine import describe_machine
+from rl.run_folder import RunFolder
+from rollout.ledger import read_audit
+from rollout.recorder import TrajectoryReader
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+RESULT = Path(__file__).parent / "results" / "vllm_kills.json"
+GROUPS_PER_STEP, GROUP_SIZE, MAX_STALENESS = 2, 4, 2
+STEPS_PER_KILL = 4
+"""More than a worker trains between its return and its next end, so that the run is not over before the last one."""
+RESTART_S = 180.0
+"""A killed process is replaced, imports vLLM, is given weights and has a step trained by then."""
+
+
+def train(root: Path, kills: int) -> RunFolder:
+    """The folder of a finished run that lost its engine `kills` times. Raises RuntimeError where it fails."""
+    words = (
+        "engine=vllm", f"steps={STEPS_PER_KILL * kills + 6}", "rollout.workers=1", "seed=3",
+        f"rollout.groups_per_step={GROUPS_PER_STEP}", f"rollout.group_size={GROUP_SIZE}",
+        f"rollout.max_staleness={MAX_STALENESS}", "env.kwargs.latency_median_s=0.2", "cluster.heartbeat_s=1",
+        "evaluation.every=0", "evaluation.final_tasks=8", "monitor.wandb=disabled", f"run.root={root}",
+    )  # fmt: skip
+    with (root / "output.txt").open("w+") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rl.cli", "train", *words], cwd=CHECKOUT, stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            folder = kill_while_sampling(root, kills)
+            process.wait(timeout=2 * RESTART_S)
+        finally:
+            process.kill()
+        if process.returncode:
+            output.seek(0)
+            raise RuntimeError(f"the run ended with status {process.returncode}: {output.read()[-2000:]}")
+    return folder
+
+
+def kill_while_sampling(root: Path, kills: int) -> RunFolder:
+    """SIGKILL to each life of the worker, at a random moment of the second after it has fed a step."""
+    rng = random.Random(0)
+    step, folder = 0, None
+    for killed in range(kills):
+        until = time.monotonic() + RESTART_S
+        lives: list[str] = []
+        while folder is None or len(lives) <= killed or folder.state().step <= step:
+            if time.monotonic() > until:
+                raise RuntimeError(f"no step was trained in {RESTART_S:.0f} s after kill {killed}")
+            time.sleep(0.1)
+            if (root / "latest" / "run.json").exists():
+                folder = RunFolder.resolve(root, "latest")
+                file = folder.logs / "worker-0.lives"
+                lives = file.read_text().split() if file.exists() else []
+        time.sleep(rng.random())
+        step = folder.state().step
+        os.kill(int(lives[killed]), signal.SIGKILL)
+    assert folder is not None
+    return folder
+
+
+def count(folder: RunFolder) -> dict[str, Any]:
+    """What became of the groups, and how long a worker was away."""
+    audit = read_audit(folder.ledger)
+    with TrajectoryReader(folder.trajectories) as reader:
+        rows = reader.list(limit=100_000)
+    trained = [row for row in rows if row["status"] == "consumed"]
+    members = {(row["group_id"], row["member"]) for row in trained}
+    lag = [row["step"] - 1 - row["min_version"] for row in trained if row["num_sampled_tokens"]]
+    events = [json.loads(line) for line in folder.events.read_text().splitlines()]
+    lost = [event["time_s"] for event in events if event["kind"] == "worker_lost"]
+    back = [event["time_s"] for event in events if event["kind"] == "worker_restarted"]
+    steps = folder.state().step
+    return {
+        "kills": len(lost),
+        "steps": steps,
+        "groups_leased_again": audit["redispatched"],
+        "lost": steps * GROUPS_PER_STEP * GROUP_SIZE - len(members),
+        "doubled": len(trained) - len(members),
+        "stale": sum(not 0 <= value <= MAX_STALENESS for value in lag),
+        "engines": sorted({row["engine"] for row in rows}),
+        "ledger_balanced": audit["balanced"],
+        "recovery_s": {
+            "median": round(statistics.median(b - a for a, b in zip(lost, back, strict=True)), 1),
+            "max": round(max(b - a for a, b in zip(lost, back, strict=True)), 1),
+        },
+    }
+
+
+def is_intact(found: dict[str, Any]) -> bool:
+    return found["ledger_balanced"] and not (found["lost"] or found["doubled"] or found["stale"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="the result as one JSON object, last line")
+    parser.add_argument("--kills", type=int, default=20, help="at most 20, the restarts of a worker")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="shoal-kills-") as root:
+        found = count(train(Path(root), args.kills))
+    result = {"name": "vllm_kills", "figures": found, "met": is_intact(found), "machine": describe_machine()}
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result) if args.json else json.dumps(found, indent=2))
+    return 0 if is_intact(found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
