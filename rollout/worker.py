@@ -204,7 +204,7 @@ def build_engine(config: TrainConfig) -> Engine:
     if config.engine.kind == "vllm":
         if not isinstance(model, HybridModel):
             raise ValueError("engine.kind='vllm' computes Qwen3.5 models alone; use engine=local for other ones")
-        claim_device(config.cluster.worker_gpus)
+        claim_device(config.cluster.worker_gpus)  # for the limit of a share's memory; vLLM finds its device itself
         return VllmEngine(model.config, expected_tensors(model), config.engine)
     return LocalEngine(model.to(claim_device(config.cluster.worker_gpus)), config.engine)
 
