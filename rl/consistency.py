@@ -20,6 +20,7 @@ from policy.checkpoint_io import load_numpy_tensors
 from policy.weight_store import PolicySnapshot
 from rl.batch import pack
 from rl.cluster import build_pool
+from rl.doctor import FAILED
 from rl.gradient import score_rows
 from rl.learner import Learner
 from rl.learner_service import build_learner
@@ -34,8 +35,6 @@ UPDATE_SIZE = 0.05
 """Relative size of the noise that the update adds to every weight: ten times that of a large step of AdamW."""
 SAMPLE_S = 600.0
 """Deadline of the start of an engine and its episodes."""
-FAILED = 3
-"""Exit code, that of `shoal doctor`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,13 +2,10 @@
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rl.progress import visible
 from rl.run_folder import write_atomic
-from rl.show import resolve_run
 from rl.usage import UsageError
 
 MAX_NOTE_CHARS = 4_000
@@ -53,21 +50,3 @@ def write_notes(run: Path, notes: Notes) -> None:
     if len(notes.note) > MAX_NOTE_CHARS:
         raise UsageError(f"a note has at most {MAX_NOTE_CHARS} characters; got {len(notes.note)}")
     write_atomic(run / "notes.json", json.dumps(asdict(notes), indent=2) + "\n")
-
-
-def annotate(
-    run: str, text: str | None, *, tag: Sequence[str] = (), untag: Sequence[str] = (), root: str, as_json: bool = False
-) -> int:
-    """Replace the note where `text` is given ("" removes it), add and remove tags, print what stands then."""
-    folder = resolve_run(root, run)
-    had = read_notes(folder.path)
-    tags = tuple(sorted((set(had.tags) | set(tag)) - set(untag)))
-    notes = Notes(note=had.note if text is None else text, tags=tags)
-    if notes != had:
-        write_notes(folder.path, notes)
-    if as_json:
-        print(json.dumps({"run": folder.name, **asdict(notes)}))
-    else:
-        print(f"{folder.name}  tags: {' '.join(notes.tags) or 'none'}")
-        print(visible(notes.note) or "no note")
-    return 0

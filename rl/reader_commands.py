@@ -58,7 +58,7 @@ def _note_arguments(parser: ArgumentParser) -> None:
 
 
 def _note(args: Namespace) -> int:
-    from rl.notes import annotate
+    from rl.note_command import annotate
 
     return annotate(args.run, args.text, tag=args.tag, untag=args.untag, root=args.root, as_json=args.json)
 

@@ -21,6 +21,7 @@ from envs.message import Message
 from rl import run_folder
 from rl.alerts import active_alerts
 from rl.json_lines import read_json_lines
+from rl.notes import Notes, read_notes
 from rl.progress import duration, plain_console, sparkline, visible
 from rl.run_folder import RunFolder, RunFolderError
 from rl.transcript import message_text
@@ -55,8 +56,6 @@ def resolve_run(root: str, run: str) -> RunFolder:
 
 def list_runs(root: str, *, tags: Sequence[str] = (), text: str = "", as_json: bool = False) -> int:
     """Runs, newest first; those that have every tag and, in name or note, the text."""
-    from rl.notes import Notes, read_notes  # which resolves runs by this module
-
     every = run_folder.list_runs(root)
     notes = {run.name: read_notes(run.path) for run in every}
     runs = [

