@@ -68,6 +68,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "curriculum.window": (2, 100),
     "curriculum.promote": (0, 1),
     "curriculum.demote": (0, 1),
+    "curriculum.probe": (0, 20),
     "curriculum.floor": (0, 1),
     "curriculum.pool_size": (1, inf),
     "curriculum.max_refill": (0, 1000),
@@ -131,6 +132,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "sft.steps": (1, inf),
     "sft.batch_size": (1, inf),
     "sft.warmup_steps": (0, inf),
+    "sft.noise_from_level": (0, 9),
 }
 """Lowest and highest allowed value, both included."""
 
@@ -422,7 +424,7 @@ def _without_effect(config: TrainConfig) -> Iterator[str]:
     for off, section, defaults, names, why in (
         (sampler == "uniform", "env", EnvConfig(), ("level",), "curriculum.sampler=uniform draws all levels"),
         (config.env.tool_cost == 0, "env", EnvConfig(), ("tool_cost_below",), "env.tool_cost=0"),
-        (not rises, "curriculum", CurriculumConfig(), ("window", "promote", "demote", "floor"), never),
+        (not rises, "curriculum", CurriculumConfig(), ("window", "promote", "demote", "probe", "floor"), never),
         (not rises and sampler != "uniform", "curriculum", CurriculumConfig(), ("min_level", "max_level"), never),
         (sampler != "pool", "curriculum", CurriculumConfig(), ("pool_size",), f"curriculum.sampler={sampler}"),
         (config.curriculum.gate == "none", "curriculum", CurriculumConfig(), ("max_refill",), "curriculum.gate=none"),

@@ -81,6 +81,9 @@ class CurriculumConfig:
     """Mean success of a window from which the next level is the frontier."""
     demote: float = 0.1
     """Mean success of a window down to which the level before is."""
+    probe: int = 0
+    """Groups of each level by which "levels" finds where the policy stands before it climbs; 0 = it begins at
+    env.level."""
     floor: float = 0.05
     """Share of tasks of "levels" drawn from all levels alike, so that none is out of sight."""
     pool_size: int = 1000
@@ -388,6 +391,8 @@ class SftConfig:
     """Steps over which the rate rises to lr."""
     noise: bool = True
     """Use the environment's noisy demonstrations; false = the oracle's."""
+    noise_from_level: int = 0
+    """Lowest level that is demonstrated with noise: who shows a task errs on hard ones rather than on easy ones."""
     output: str = ""
     """Where the weights go; "" = a run folder."""
 

@@ -14,7 +14,9 @@ Samplers
 - levels   60% frontier, 20% the level above, 20% those below; `floor` of the draws go to all levels alike. The frontier
            rises when the last `window` groups dispatched at it, since it stands there, succeed in `promote` or more of
            their trajectories, and falls at `demote` or less. A group dispatched at another level, or before the
-           group that decided, never counts for the new frontier.
+           group that decided, never counts for the new frontier. While the last `window` groups of the level above
+           all came to nothing, its draws go to the frontier. With `probe` all levels are drawn alike until that many
+           groups of each are known; then the frontier is the highest level above `demote`.
 - pool     `pool_size` problems of the entry's level in three classes by the success of their last group: hard (<= 0.25,
            weight 0.2), normal (<= 0.75 or not seen, weight 1), easy (weight 0.2)
 """
@@ -86,6 +88,8 @@ class _Climb:
     """Counter of the last group that was looked at; the frontier's groups behind it come next."""
     window: list[float] = field(default_factory=list)
     """Success of the frontier's last groups, at most `window` of them."""
+    probing: bool = False
+    """It is not known yet where the policy stands."""
 
 
 def stable_hash(*parts: object) -> int:
@@ -119,7 +123,8 @@ class Curriculum:
         """Levels that "uniform" and "levels" draw from."""
         self.next_counter = 0
         """One more than the counter of the last group dispatched."""
-        self._climbs = {entry.name: _Climb(self._first_level(entry)) for entry in self._entries}
+        probing = config.sampler == "levels" and config.probe > 0
+        self._climbs = {entry.name: _Climb(self._first_level(entry), probing=probing) for entry in self._entries}
         self._groups: dict[tuple[str, int], deque[_Group]] = {}
         self._out: dict[int, tuple[str, int]] = {}
         self._problems: dict[tuple[str, int], dict[int, tuple[int, float]]] = {}  # problem -> (counter, success)
@@ -189,12 +194,14 @@ class Curriculum:
 
     def _climbing_level(self, name: str, counter: int) -> int:
         low, high, frontier = self.levels[0], self.levels[-1], self._climbs[name].frontier
+        if self._climbs[name].probing:
+            return self.levels[counter % len(self.levels)]
         point = self._point(counter, "role")
         if point < self._config.floor:
             return self.levels[self._pick(len(self.levels), counter, "level")]
         point = (point - self._config.floor) / (1 - self._config.floor)
         if point < NEXT:
-            return min(frontier + 1, high)
+            return min(frontier + 1, high) if not self._is_out_of_reach(name, frontier + 1) else frontier
         if point < NEXT + BELOW and frontier > low:
             return low + self._pick(frontier - low, counter, "level")
         return frontier
@@ -202,7 +209,9 @@ class Curriculum:
     def _climb(self, name: str) -> None:
         """Look at groups in the order of dispatch, as far as they are settled, and move the frontier."""
         climb, config = self._climbs[name], self._config
-        moved = True
+        if climb.probing:
+            self._place(name)
+        moved = not climb.probing
         while moved:
             moved = False
             for group in self._groups.get((name, climb.frontier), ()):
@@ -222,12 +231,32 @@ class Curriculum:
                     moved = True
                     break
 
+    def _place(self, name: str) -> None:
+        """End the probe where the first `probe` groups of every level are settled."""
+        climb, probe = self._climbs[name], self._config.probe
+        first = {level: list(self._groups.get((name, level), ()))[:probe] for level in self.levels}
+        if any(len(groups) < probe or any(g.outcome is None for g in groups) for groups in first.values()):
+            return
+        for level, groups in first.items():
+            if sum(g.outcome.success for g in groups if g.outcome) / probe > self._config.demote:
+                climb.frontier = level
+        climb.seen = max(group.counter for groups in first.values() for group in groups)
+        climb.probing = False
+
+    def _is_out_of_reach(self, name: str, level: int) -> bool:
+        """The last groups of a level whose outcome is known all came to nothing."""
+        known = [group.outcome.success for group in self._groups.get((name, level), ()) if group.outcome]
+        looked_at = min(self._config.window, RECENT)
+        return len(known) >= looked_at and not any(known[-looked_at:])
+
     def _forget(self, cell: tuple[str, int]) -> None:
         """Drop old groups that no decision will look at and no metric shows."""
         groups, seen = self._groups[cell], self._climbs[cell[0]].seen if cell[0] in self._climbs else -1
         decides = self._config.sampler == "levels"
-        while len(groups) > RECENT and groups[0].outcome is not None and (groups[0].counter <= seen or not decides):
+        known = sum(group.outcome is not None for group in groups)
+        while known > RECENT and groups[0].outcome is not None and (groups[0].counter <= seen or not decides):
             groups.popleft()
+            known -= 1
 
     # --- pool -------------------------------------------------------------------------------------------------------
 
@@ -270,7 +299,7 @@ class Curriculum:
         return {
             "format": FORMAT,
             "next_counter": self.next_counter,
-            "climbs": {name: [c.frontier, c.seen, c.window] for name, c in self._climbs.items()},
+            "climbs": {name: [c.frontier, c.seen, c.window, c.probing] for name, c in self._climbs.items()},
             "groups": [
                 [
                     name,
@@ -293,10 +322,11 @@ class Curriculum:
             raise ValueError(f"curriculum state of format {state['format']!r}, this version reads {FORMAT}")
         self.next_counter = state["next_counter"]
         if self._config.sampler == "levels":
-            for name, (frontier, seen, window) in state["climbs"].items():
+            for name, (frontier, seen, window, *probing) in state["climbs"].items():
                 if name in self._climbs:
                     inside = min(max(frontier, self.levels[0]), self.levels[-1])
-                    self._climbs[name] = _Climb(inside, seen, window if inside == frontier else [])
+                    probes = probing == [True] and self._config.probe > 0  # older states have none
+                    self._climbs[name] = _Climb(inside, seen, window if inside == frontier else [], probes)
         for name, level, groups in state["groups"]:
             if name in self._climbs:
                 self._groups[name, level] = deque(

@@ -152,13 +152,58 @@ def test_other_levels_do_not_move_the_frontier() -> None:
     assert curriculum.frontier("calc") == 0
 
 
+def test_a_level_above_that_never_succeeds_leaves_its_draws_to_the_frontier() -> None:
+    config = CurriculumConfig(sampler="levels", window=8, floor=0.0)
+    curriculum = make(config)
+    dispatch(curriculum, 1, *[0.0] * 7)
+    assert shares(curriculum)[1] == pytest.approx(0.2, abs=0.03)
+    dispatch(curriculum, 1, 0.0)
+    assert shares(curriculum) == {0: 1.0}
+    dispatch(curriculum, 1, 0.1)  # one success brings it back
+    assert shares(curriculum)[1] == pytest.approx(0.2, abs=0.03)
+
+
+# --- the probe
+
+
+def test_a_probe_draws_all_levels_alike_and_begins_at_the_highest_that_is_not_hopeless() -> None:
+    curriculum = make(CurriculumConfig(sampler="levels", window=4, probe=2, max_level=4))
+    assert [curriculum.draw(i).level for i in range(7)] == [0, 1, 2, 3, 4, 0, 1]
+    for level, success in enumerate([1.0, 0.9, 0.2, 0.05]):
+        dispatch(curriculum, level, success, success)
+    (first, second) = dispatch(curriculum, 4, None, None)
+    dispatch(curriculum, 2, *[1.0] * 8)  # not asked for: of each level the first two count, and they do not climb
+    assert curriculum.frontier("calc") == 0
+    curriculum.record(second, Outcome(success=0.0))
+    assert curriculum.draw(50).level == 50 % 5
+    curriculum.record(first, Outcome(success=0.0))
+    assert curriculum.frontier("calc") == 3  # 2, and the groups of level 2 behind the probe at once took it on
+
+
+def test_a_probe_that_finds_nothing_begins_at_the_lowest_level() -> None:
+    curriculum = make(CurriculumConfig(sampler="levels", window=4, probe=1, max_level=2))
+    for level in range(3):
+        dispatch(curriculum, level, 0.0)
+    assert curriculum.frontier("calc") == 0
+    assert shares(curriculum)[0] > 0.5
+
+
+def test_a_state_from_before_there_were_probes_is_read() -> None:
+    curriculum = make(CurriculumConfig(sampler="levels", window=4, probe=3))
+    state = make().state()
+    state["climbs"] = {"calc": [2, 40, [0.5]]}
+    curriculum.load_state(state)
+    assert curriculum.frontier("calc") == 2
+    assert shares(curriculum)[2] > 0.5
+
+
 SCRIPT = st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.0, 0.5, 0.8, 1.0])), min_size=30, max_size=120)
 
 
-@given(SCRIPT, st.integers(0, 2**32))
+@given(SCRIPT, st.integers(0, 2**32), st.integers(0, 3))
 @settings(max_examples=60, deadline=None)
-def test_the_order_of_arrival_does_not_matter(script: list[tuple[int, float]], seed: int) -> None:
-    config = CurriculumConfig(sampler="levels", window=4)
+def test_the_order_of_arrival_does_not_matter(script: list[tuple[int, float]], seed: int, probe: int) -> None:
+    config = CurriculumConfig(sampler="levels", window=4, probe=probe, max_level=4)
     in_order, shuffled = make(config), make(config)
     for counter, (level, _) in enumerate(script):
         for curriculum in (in_order, shuffled):
@@ -187,15 +232,17 @@ def run_events(curriculum: Curriculum, rng: random.Random, count: int, log: list
             curriculum.record(counter, Outcome(success=log[-1][2]))
 
 
-@pytest.mark.parametrize("sampler", ["fixed", "uniform", "levels", "pool"])
+@pytest.mark.parametrize(
+    ("sampler", "probe"), [("fixed", 0), ("uniform", 0), ("levels", 0), ("levels", 1), ("pool", 0)]
+)
 @given(seed=st.integers(0, 2**32), checkpoint=st.integers(0, 150), kill=st.integers(0, 150))
 @settings(max_examples=25, deadline=None)
 def test_a_run_killed_at_any_point_goes_on_with_the_same_draws(
-    sampler: str, seed: int, checkpoint: int, kill: int
+    sampler: str, probe: int, seed: int, checkpoint: int, kill: int
 ) -> None:
     """The state of a checkpoint, told what the ledger knows since (dispatches first, then outcomes), is the state at
     the kill; telling it twice changes nothing."""
-    config = CurriculumConfig(sampler=sampler, window=4, pool_size=20)
+    config = CurriculumConfig(sampler=sampler, window=4, pool_size=20, probe=probe, max_level=5)
     rng, log = random.Random(seed), []
     first = make(config, CALC, GATE)
     run_events(first, rng, checkpoint, log)

@@ -76,6 +76,13 @@ def test_without_noise_every_demonstration_is_right_and_with_noise_some_are_not(
         assert ids[0] == ids[1]
 
 
+def test_levels_below_the_noise_are_demonstrated_without_a_mistake() -> None:
+    tasks = [replace(task, level=index % 3) for index, task in enumerate(calculator_tasks(90))]
+    demonstrations = demonstrate_tasks(tasks, noise=True, noise_from_level=2)
+    rewards = {level: {d.reward for d in demonstrations[level::3]} for level in range(3)}
+    assert rewards == {0: {1.0}, 1: {1.0}, 2: {0.0, 1.0}}
+
+
 def test_training_lowers_the_loss_and_is_the_same_bits_for_a_seed() -> None:
     tasks = calculator_tasks(32)
     rows = [demonstration_row(d, TinyRenderer()) for d in demonstrate_tasks(tasks, noise=False)]
