@@ -14,9 +14,10 @@ Samplers
 - levels   60% frontier, 20% the level above, 20% those below; `floor` of the draws go to all levels alike. The frontier
            rises when the last `window` groups dispatched at it, since it stands there, succeed in `promote` or more of
            their trajectories, and falls at `demote` or less. A group dispatched at another level, or before the
-           group that decided, never counts for the new frontier. While the last `window` groups of the level above
-           all came to nothing, its draws go to the frontier. With `probe` all levels are drawn alike until that many
-           groups of each are known; then the frontier is the highest level above `demote`.
+           group that decided, never counts for the new frontier. Where the last `window` groups of the level above
+           all came to nothing it is out of reach: the frontier does not rise, and three of four of its draws go to the
+           frontier, until one succeeds. With `probe` all levels are drawn alike until that many groups of each are
+           known; then the frontier is the highest level above `demote`.
 - pool     `pool_size` problems of the entry's level in three classes by the success of their last group: hard (<= 0.25,
            weight 0.2), normal (<= 0.75 or not seen, weight 1), easy (weight 0.2)
 """
@@ -30,6 +31,8 @@ from typing import Any
 from conf.schema import CurriculumConfig
 
 FRONTIER, NEXT, BELOW = 0.6, 0.2, 0.2
+OUT_OF_REACH = 0.05
+"""Share of the level above in place of NEXT while nothing succeeds there."""
 HARD, EASY = 0.25, 0.75
 OUTER_WEIGHT = 0.2
 """Weight of a hard or easy problem against a normal one."""
@@ -88,6 +91,8 @@ class _Climb:
     """Counter of the last group that was looked at; the frontier's groups behind it come next."""
     window: list[float] = field(default_factory=list)
     """Success of the frontier's last groups, at most `window` of them."""
+    above: list[float] = field(default_factory=list)
+    """Success of the last groups of the level above, at most `window` of them."""
     probing: bool = False
     """It is not known yet where the policy stands."""
 
@@ -200,54 +205,59 @@ class Curriculum:
         if point < self._config.floor:
             return self.levels[self._pick(len(self.levels), counter, "level")]
         point = (point - self._config.floor) / (1 - self._config.floor)
-        if point < NEXT:
-            return min(frontier + 1, high) if not self._is_out_of_reach(name, frontier + 1) else frontier
-        if point < NEXT + BELOW and frontier > low:
+        if point < (OUT_OF_REACH if self._is_capped(name) else NEXT):
+            return min(frontier + 1, high)
+        if NEXT <= point < NEXT + BELOW and frontier > low:
             return low + self._pick(frontier - low, counter, "level")
         return frontier
 
     def _climb(self, name: str) -> None:
         """Look at groups in the order of dispatch, as far as they are settled, and move the frontier."""
         climb, config = self._climbs[name], self._config
-        if climb.probing:
-            self._place(name)
-        moved = not climb.probing
-        while moved:
-            moved = False
-            for group in self._groups.get((name, climb.frontier), ()):
-                if group.counter <= climb.seen:
-                    continue
-                if group.outcome is None:
-                    return
-                climb.seen = group.counter
-                climb.window = [*climb.window, group.outcome.success][-config.window :]
-                if len(climb.window) < config.window:
-                    continue
-                success = sum(climb.window) / config.window
-                step = (success >= config.promote) - (success <= config.demote)
-                if step and climb.frontier + step in self.levels:
-                    climb.frontier += step
-                    climb.window = []
-                    moved = True
-                    break
+        if climb.probing and not self._place(name):
+            return
+        ahead = [
+            (group.counter, level, group.outcome)
+            for (entry, level), groups in self._groups.items()
+            if entry == name
+            for group in groups
+            if group.counter > climb.seen
+        ]
+        for counter, level, outcome in sorted(ahead, key=lambda group: group[0]):
+            if level not in (climb.frontier, climb.frontier + 1):
+                continue
+            if outcome is None:
+                return
+            climb.seen = counter
+            if level > climb.frontier:
+                climb.above = [*climb.above, outcome.success][-config.window :]
+                continue
+            climb.window = [*climb.window, outcome.success][-config.window :]
+            if len(climb.window) < config.window:
+                continue
+            success = sum(climb.window) / config.window
+            if success >= config.promote and climb.frontier + 1 in self.levels and not self._is_capped(name):
+                climb.frontier, climb.window, climb.above = climb.frontier + 1, [], []
+            elif success <= config.demote and climb.frontier - 1 in self.levels:
+                climb.frontier, climb.window, climb.above = climb.frontier - 1, [], climb.window
 
-    def _place(self, name: str) -> None:
-        """End the probe where the first `probe` groups of every level are settled."""
+    def _place(self, name: str) -> bool:
+        """End the probe where the first `probe` groups of every level are settled, and tell."""
         climb, probe = self._climbs[name], self._config.probe
         first = {level: list(self._groups.get((name, level), ()))[:probe] for level in self.levels}
         if any(len(groups) < probe or any(g.outcome is None for g in groups) for groups in first.values()):
-            return
+            return False
         for level, groups in first.items():
             if sum(g.outcome.success for g in groups if g.outcome) / probe > self._config.demote:
                 climb.frontier = level
         climb.seen = max(group.counter for groups in first.values() for group in groups)
         climb.probing = False
+        return True
 
-    def _is_out_of_reach(self, name: str, level: int) -> bool:
-        """The last groups of a level whose outcome is known all came to nothing."""
-        known = [group.outcome.success for group in self._groups.get((name, level), ()) if group.outcome]
-        looked_at = min(self._config.window, RECENT)
-        return len(known) >= looked_at and not any(known[-looked_at:])
+    def _is_capped(self, name: str) -> bool:
+        """The level above the frontier is out of reach."""
+        above = self._climbs[name].above
+        return len(above) == self._config.window and not any(above)
 
     def _forget(self, cell: tuple[str, int]) -> None:
         """Drop old groups that no decision will look at and no metric shows."""
@@ -299,7 +309,7 @@ class Curriculum:
         return {
             "format": FORMAT,
             "next_counter": self.next_counter,
-            "climbs": {name: [c.frontier, c.seen, c.window, c.probing] for name, c in self._climbs.items()},
+            "climbs": {name: [c.frontier, c.seen, c.window, c.above, c.probing] for name, c in self._climbs.items()},
             "groups": [
                 [
                     name,
@@ -322,11 +332,13 @@ class Curriculum:
             raise ValueError(f"curriculum state of format {state['format']!r}, this version reads {FORMAT}")
         self.next_counter = state["next_counter"]
         if self._config.sampler == "levels":
-            for name, (frontier, seen, window, *probing) in state["climbs"].items():
+            for name, (frontier, seen, window, *later) in state["climbs"].items():
                 if name in self._climbs:
+                    above, probing = later or ([], False)  # older states have neither
                     inside = min(max(frontier, self.levels[0]), self.levels[-1])
-                    probes = probing == [True] and self._config.probe > 0  # older states have none
-                    self._climbs[name] = _Climb(inside, seen, window if inside == frontier else [], probes)
+                    if inside != frontier:
+                        window, above = [], []
+                    self._climbs[name] = _Climb(inside, seen, window, above, probing and self._config.probe > 0)
         for name, level, groups in state["groups"]:
             if name in self._climbs:
                 self._groups[name, level] = deque(

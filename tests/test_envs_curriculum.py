@@ -140,7 +140,7 @@ def test_results_of_the_level_before_decide_nothing_after_a_promotion() -> None:
     for counter in late[1:]:
         curriculum.record(counter, Outcome(success=0.0))
     assert curriculum.frontier("calc") == 1
-    dispatch(curriculum, 1, *[0.0] * 8)
+    dispatch(curriculum, 1, *[0.1] * 8)
     assert curriculum.frontier("calc") == 0  # and those late failures do not count for level 0 again
     dispatch(curriculum, 0, *[1.0] * 8)
     assert curriculum.frontier("calc") == 1
@@ -152,15 +152,26 @@ def test_other_levels_do_not_move_the_frontier() -> None:
     assert curriculum.frontier("calc") == 0
 
 
-def test_a_level_above_that_never_succeeds_leaves_its_draws_to_the_frontier() -> None:
-    config = CurriculumConfig(sampler="levels", window=8, floor=0.0)
-    curriculum = make(config)
+def test_a_level_above_in_which_nothing_succeeds_is_out_of_reach_until_something_does() -> None:
+    curriculum = make(CurriculumConfig(sampler="levels", window=8, floor=0.0))
     dispatch(curriculum, 1, *[0.0] * 7)
     assert shares(curriculum)[1] == pytest.approx(0.2, abs=0.03)
     dispatch(curriculum, 1, 0.0)
-    assert shares(curriculum) == {0: 1.0}
-    dispatch(curriculum, 1, 0.1)  # one success brings it back
+    assert shares(curriculum)[1] == pytest.approx(0.05, abs=0.02)
+    dispatch(curriculum, 0, *[1.0] * 20)
+    assert curriculum.frontier("calc") == 0
+    dispatch(curriculum, 1, 0.1)
     assert shares(curriculum)[1] == pytest.approx(0.2, abs=0.03)
+    dispatch(curriculum, 0, 1.0)
+    assert curriculum.frontier("calc") == 1
+
+
+def test_a_level_that_the_frontier_fell_from_is_known_to_be_out_of_reach() -> None:
+    curriculum = make()
+    dispatch(curriculum, 0, *[1.0] * 8)
+    dispatch(curriculum, 1, *[0.0] * 8)
+    dispatch(curriculum, 0, *[1.0] * 8)
+    assert curriculum.frontier("calc") == 0
 
 
 # --- the probe
@@ -172,12 +183,13 @@ def test_a_probe_draws_all_levels_alike_and_begins_at_the_highest_that_is_not_ho
     for level, success in enumerate([1.0, 0.9, 0.2, 0.05]):
         dispatch(curriculum, level, success, success)
     (first, second) = dispatch(curriculum, 4, None, None)
-    dispatch(curriculum, 2, *[1.0] * 8)  # not asked for: of each level the first two count, and they do not climb
     assert curriculum.frontier("calc") == 0
     curriculum.record(second, Outcome(success=0.0))
     assert curriculum.draw(50).level == 50 % 5
     curriculum.record(first, Outcome(success=0.0))
-    assert curriculum.frontier("calc") == 3  # 2, and the groups of level 2 behind the probe at once took it on
+    assert curriculum.frontier("calc") == 2  # groups dispatched before the probe's last one do not climb
+    dispatch(curriculum, 2, *[1.0] * 4)
+    assert curriculum.frontier("calc") == 3
 
 
 def test_a_probe_that_finds_nothing_begins_at_the_lowest_level() -> None:
