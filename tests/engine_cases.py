@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from conf.schema import EngineConfig
+from conf.schema import EngineConfig, VllmConfig
 from policy.checkpoint_io import expected_tensors, to_numpy_tensors
 from policy.engine import (
     Engine,
@@ -96,9 +96,11 @@ def local_case(config: str) -> EngineCase:
     )
 
 
-def vllm_case(config: str) -> EngineCase:
+def vllm_case(config: str, own: VllmConfig | None = None) -> EngineCase:
     def make(clock: Callable[[], float] = time.monotonic) -> Engine:
-        settings = EngineConfig(kind="vllm", max_running=MAX_RUNNING, max_model_tokens=MAX_TOKENS)
+        settings = EngineConfig(
+            kind="vllm", max_running=MAX_RUNNING, max_model_tokens=MAX_TOKENS, vllm=own or VllmConfig()
+        )
         return VllmEngine(MODELS[config], expected_tensors(HybridModel(MODELS[config])), settings, clock=clock)
 
     return EngineCase(
@@ -130,6 +132,8 @@ def scripted_case() -> EngineCase:
 
 CASES = {"local-dense": local_case("dense"), "local-moe": local_case("moe"), "scripted": scripted_case()}
 VLLM = {name: vllm_case(name) for name in ("vllm-dense", "vllm-dense-untied", "vllm-moe", "vllm-moe-untied")}
+VLLM["vllm-core"] = vllm_case("vllm-moe-untied", VllmConfig(process="core"))
+VLLM["vllm-two-ranks"] = vllm_case("vllm-moe", VllmConfig(tensor_parallel=2))
 needs_vllm = [pytest.mark.vllm, pytest.mark.skipif(vllm_build() is None, reason="needs the vLLM extra")]
 SMALL_SETTING = ("vllm-dense", "vllm-moe-untied")
 """What CI runs of them; with the others, marked slow, the same tests take twice as long."""

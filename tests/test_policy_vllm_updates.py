@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from policy import vllm_stepper, vllm_weights
+from policy import vllm_weights, vllm_worker
 from policy.engine import EngineClosed, EngineError
 from policy.weight_store import WeightSyncError
 from tests.engine_cases import VLLM, VLLM_PARAMETERS, EngineCase, needs_vllm
@@ -64,7 +64,7 @@ async def test_weights_that_went_wrong_inside_vllm_are_caught_and_the_old_ones_s
         before = await engine.generate(request)
         loads = iter([sabotaged])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(vllm_stepper, "load", lambda *args: next(loads, vllm_weights.load)(*args))
+            patch.setattr(vllm_worker, "load", lambda *args: next(loads, vllm_weights.load)(*args))
             with pytest.raises(WeightSyncError, match=message):
                 await engine.load_weights(case.snapshot(2, seed=1))
         assert engine.policy_version == 1
@@ -78,7 +78,7 @@ async def test_weights_that_went_wrong_inside_vllm_are_caught_and_the_old_ones_s
 async def test_an_engine_that_cannot_go_back_serves_nothing_any_more(case: EngineCase) -> None:
     async with serving(case) as engine:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(vllm_stepper, "load", nudge("A_log"))
+            patch.setattr(vllm_worker, "load", nudge("A_log"))
             with pytest.raises(EngineClosed, match="cannot go back to policy version 1"):
                 await engine.load_weights(case.snapshot(2, seed=1))
         with pytest.raises(EngineError):

@@ -1,0 +1,74 @@
+"""vLLM with its core in a process of its own, and with two ranks: what the contract suite cannot ask every engine."""
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.vllm_kills import core_of
+from policy.engine import EngineClosed, EngineError
+from policy.vllm_packages import vllm_build
+from tests.engine_cases import MAX_TOKENS, VLLM
+from tests.test_policy_engine_contract import (
+    ask,
+    assert_close,
+    in_loop,
+    learner_logprobs,
+    random_prompt,
+    serving,
+    until,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.timeout(280)
+needs = pytest.mark.skipif(vllm_build() is None, reason="needs the vLLM extra")
+
+
+@pytest.mark.vllm
+@needs
+@in_loop
+async def test_a_core_of_its_own_swaps_under_a_request_keeps_routes_and_its_end_is_an_engine_error() -> None:
+    case = VLLM["vllm-core"]
+    async with serving(case) as engine:
+        request = ask(random_prompt(9), max_tokens=MAX_TOKENS)
+        running = asyncio.create_task(engine.generate(request))
+        await until(lambda: engine.stats().sampled_tokens >= 5)
+        await engine.load_weights(case.snapshot(2, seed=1))
+        completion = await running
+        versions = completion.policy_versions
+        assert (versions[0], versions[-1], (np.diff(versions) != 0).sum()) == (1, 2, 1)
+        for version, seed in ((1, 0), (2, 1)):
+            named = versions == version
+            expected = learner_logprobs(case, seed, request, completion)
+            assert_close(case, completion.logprobs[named], expected[named], f"version {version}")
+        assert completion.routed_experts is not None and completion.prompt_routes is not None
+        assert (completion.routed_experts[:-1] >= 0).all() and (completion.prompt_routes >= 0).all()
+
+        assert not engine.died
+        busy = [asyncio.create_task(engine.generate(ask([i], max_tokens=MAX_TOKENS))) for i in range(6)]
+        await until(lambda: engine.stats().running > 0)
+        os.kill(core_of(os.getpid()), signal.SIGKILL)
+        outcomes = await asyncio.wait_for(asyncio.gather(*busy, return_exceptions=True), 30)
+        assert {type(outcome) for outcome in outcomes} == {EngineClosed}
+        with pytest.raises(EngineError):
+            await engine.load_weights(case.snapshot(3))
+        assert engine.died
+
+
+@pytest.mark.vllm
+@needs
+@pytest.mark.slow
+@in_loop
+async def test_two_ranks_hold_their_halves_answer_as_one_does_and_a_wrong_half_is_refused() -> None:
+    case = VLLM["vllm-two-ranks"]
+    async with serving(case) as engine:
+        for version in range(2, 5):
+            await engine.load_weights(case.snapshot(version, seed=version % 3))  # each compared by both ranks
+        request = ask(random_prompt(20), max_tokens=40)
+        completion = await engine.generate(request)
+        assert set(completion.policy_versions) == {4}
+        assert_close(case, completion.logprobs, learner_logprobs(case, 1, request, completion))
+        assert completion.routed_experts is not None and (completion.routed_experts[:-1] >= 0).all()
