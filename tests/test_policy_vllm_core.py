@@ -3,6 +3,9 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -72,3 +75,39 @@ async def test_two_ranks_hold_their_halves_answer_as_one_does_and_a_wrong_half_i
         assert set(completion.policy_versions) == {4}
         assert_close(case, completion.logprobs, learner_logprobs(case, 1, request, completion))
         assert completion.routed_experts is not None and (completion.routed_experts[:-1] >= 0).all()
+
+
+HOLDS_A_CORE = """
+import asyncio, os, time
+from benchmarks.vllm_kills import core_of
+from tests.engine_cases import VLLM
+
+async def main():
+    case = VLLM["vllm-core"]
+    engine = case.make()
+    await engine.load_weights(case.snapshot(1))
+    print(core_of(os.getpid()), flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@needs
+def test_a_core_ends_with_the_process_that_started_it_even_if_that_is_killed(tmp_path: Path) -> None:
+    program = tmp_path / "holds_a_core.py"
+    program.write_text(HOLDS_A_CORE)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, text=True, env=environment) as owner:
+        assert owner.stdout is not None
+        core = int(owner.stdout.readline())
+        assert Path(f"/proc/{core}").exists()
+        owner.kill()
+        owner.wait()
+        until = time.monotonic() + 20
+        while Path(f"/proc/{core}").exists() and time.monotonic() < until:
+            time.sleep(0.1)
+    assert not Path(f"/proc/{core}").exists()
