@@ -162,8 +162,9 @@ class VllmCore:
             raise WeightSyncError(f"version {snapshot.version}: {wrong[0]}")
 
     def recompute(self) -> None:
-        """Compute running requests again from their first token."""
-        self._engine.reset_prefix_cache(reset_running_requests=True)
+        """Compute running requests again from their first token. Raises `EngineError` where states are left over."""
+        if not self._engine.reset_prefix_cache(reset_running_requests=True):
+            raise EngineError("vLLM kept states of the old weights")
 
 
 @contextlib.contextmanager

@@ -127,6 +127,8 @@ class VllmStepper:
         self._answer()
         try:
             self._core.replace(snapshot)
+            if cache_policy == "recompute":
+                self._core.recompute()  # before anything is sampled from states of the old weights
         except WeightSyncError:
             if self._served is not None:
                 self._restore(self._served)
@@ -135,8 +137,6 @@ class VllmStepper:
             self._core.resume()
         self._served = snapshot
         self.policy_version = snapshot.version
-        if cache_policy == "recompute":
-            self._core.recompute()
 
     def _restore(self, snapshot: PolicySnapshot) -> None:
         """The old weights again. Raises `EngineError`, which ends the engine, where even they are not what it holds."""

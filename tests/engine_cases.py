@@ -132,7 +132,8 @@ def scripted_case() -> EngineCase:
 
 CASES = {"local-dense": local_case("dense"), "local-moe": local_case("moe"), "scripted": scripted_case()}
 VLLM = {name: vllm_case(name) for name in ("vllm-dense", "vllm-dense-untied", "vllm-moe", "vllm-moe-untied")}
-VLLM["vllm-core"] = vllm_case("vllm-moe-untied", VllmConfig(process="core"))
+VLLM["vllm-core"] = vllm_case("vllm-dense", VllmConfig(process="core"))
+VLLM["vllm-core-moe"] = vllm_case("vllm-moe-untied", VllmConfig(process="core"))
 VLLM["vllm-two-ranks"] = vllm_case("vllm-moe", VllmConfig(tensor_parallel=2))
 needs_vllm = [pytest.mark.vllm, pytest.mark.skipif(vllm_build() is None, reason="needs the vLLM extra")]
 SMALL_SETTING = ("vllm-dense", "vllm-moe-untied")
@@ -141,6 +142,9 @@ VLLM_PARAMETERS = [
     pytest.param(case, id=name, marks=needs_vllm if name in SMALL_SETTING else [*needs_vllm, pytest.mark.slow])
     for name, case in VLLM.items()
 ]
+
+
+VLLM_CORE = pytest.param(VLLM["vllm-core"], id="vllm-core", marks=[*needs_vllm, pytest.mark.slow])
 
 
 def every(*cases: str) -> pytest.MarkDecorator:

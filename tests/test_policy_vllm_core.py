@@ -34,7 +34,7 @@ needs = pytest.mark.skipif(vllm_build() is None, reason="needs the vLLM extra")
 @needs
 @in_loop
 async def test_a_core_of_its_own_swaps_under_a_request_keeps_routes_and_its_end_is_an_engine_error() -> None:
-    case = VLLM["vllm-core"]
+    case = VLLM["vllm-core-moe"]
     async with serving(case) as engine:
         request = ask(random_prompt(9), max_tokens=MAX_TOKENS)
         running = asyncio.create_task(engine.generate(request))
