@@ -32,7 +32,7 @@ GROUPS_PER_STEP, GROUP_SIZE, MAX_STALENESS = 2, 4, 2
 STEPS_PER_KILL = 4
 """More than a worker trains between its return and its next end, so that the run is not over before the last one."""
 TRANSPORTS = {"inproc": "objects", "core": "files"}
-RESTART_S = 180.0
+RESTART_S = 400.0
 """A killed process is replaced, imports vLLM, is given weights and has a step trained by then."""
 
 

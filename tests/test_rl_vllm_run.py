@@ -10,7 +10,7 @@ from policy.vllm_packages import vllm_build
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.ray,
-    pytest.mark.timeout(580),
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(vllm_build() is None, reason="needs the vLLM extra"),
 ]
 
