@@ -10,10 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.numpy import load_file
 
 from benchmarks.vllm_kills import core_of
 from policy.engine import EngineClosed, EngineError
+from policy.vllm_core import memory_file
 from policy.vllm_packages import vllm_build
+from policy.vllm_weights import Shard
+from policy.vllm_worker import WorkerExtension
+from policy.weight_store import PolicySnapshot
 from tests.engine_cases import MAX_TOKENS, VLLM
 from tests.test_policy_engine_contract import (
     ask,
@@ -65,7 +71,7 @@ async def test_a_core_of_its_own_swaps_under_a_request_keeps_routes_and_its_end_
 @needs
 @pytest.mark.slow
 @in_loop
-async def test_two_ranks_hold_their_halves_answer_as_one_does_and_a_wrong_half_is_refused() -> None:
+async def test_two_ranks_hold_their_halves_of_each_update_and_answer_as_the_learner_does() -> None:
     case = VLLM["vllm-two-ranks"]
     async with serving(case) as engine:
         for version in range(2, 5):
@@ -111,3 +117,30 @@ def test_a_core_ends_with_the_process_that_started_it_even_if_that_is_killed(tmp
         while Path(f"/proc/{core}").exists() and time.monotonic() < until:
             time.sleep(0.1)
     assert not Path(f"/proc/{core}").exists()
+
+
+def test_a_shard_takes_its_share_of_each_section_and_all_shards_together_are_the_tensor() -> None:
+    halves = [Shard(rank=rank, size=2, linear_keys=2, linear_values=4, kv_heads=1, vocab_size=100) for rank in (0, 1)]
+    rows = torch.arange(8)[:, None]
+
+    def of(name: str, tensor: torch.Tensor) -> list[list[int]]:
+        return [half.part(name, tensor).flatten().tolist() for half in halves]
+
+    assert of("x.in_proj_qkv.weight", rows) == [[0, 2, 4, 5], [1, 3, 6, 7]]  # of queries, keys and values
+    assert of("x.q_proj.weight", rows) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert of("x.k_proj.weight", rows[:2]) == [[0, 1], [0, 1]]  # one head, held twice
+    assert of("x.o_proj.weight", rows.T) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert of("x.experts.gate_up_proj", rows[None]) == [[0, 1, 4, 5], [2, 3, 6, 7]]  # of gate and up
+    assert of("x.experts.down_proj", rows.T[None]) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert of("x.input_layernorm.weight", rows) == [list(range(8))] * 2
+    assert [len(each) for each in of("model.embed_tokens.weight", torch.arange(100)[:, None])] == [64, 36]  # of 128
+
+
+def test_tensors_pass_through_a_file_in_memory_as_they_are_and_another_digest_is_refused() -> None:
+    snapshot = PolicySnapshot.create(1, {"a": np.arange(6, dtype=np.float32).reshape(2, 3).T})
+    with memory_file(snapshot.tensors) as path:
+        read = load_file(path)
+    assert np.array_equal(read["a"], snapshot.tensors["a"])
+    with memory_file({"a": snapshot.tensors["a"] + 1}) as path:
+        answer = WorkerExtension().shoal_replace(path, {"a": snapshot.manifest[0].digest})
+    assert answer == "'a', as read from the file, does not match its digest"
