@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -231,3 +233,26 @@ def test_what_was_played_while_an_engine_died_is_no_group_and_no_sign_of_life(tm
             await worker.status()
 
     run(scene())
+
+
+LEASE_OF_A_DEAD_ENGINE = """
+import asyncio
+from policy.engine import EngineClosed
+from rollout.actors import RolloutWorkerActor
+
+class Worker:
+    async def run_lease(self, lease):
+        raise EngineClosed("its core was killed")
+
+actor = RolloutWorkerActor.__new__(RolloutWorkerActor)
+actor._worker = Worker()
+asyncio.run(actor.run_lease(None))
+"""
+
+
+@pytest.mark.slow
+def test_a_workers_process_ends_with_its_engine_and_says_why() -> None:
+    """So that it is replaced as a killed one is: Ray reports it lost, the fleet revives it, its leases go out again."""
+    done = subprocess.run([sys.executable, "-c", LEASE_OF_A_DEAD_ENGINE], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert "the engine died" in done.stderr and "its core was killed" in done.stderr
