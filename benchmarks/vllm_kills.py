@@ -1,9 +1,10 @@
 """A run on vLLM whose engine process is killed again and again while it samples: is anything lost, doubled or stale?
 
-    shoal bench vllm_kills [--json] [--kills 20]
+    shoal bench vllm_kills [--json] [--kills 20] [--process inproc|core]
 
-`shoal train engine=vllm` with one worker, in a folder that is removed again. Each time the worker's process has fed a
-step it gets SIGKILL, at a random moment of the next second. Afterwards the ledger and the stored rows are counted.
+`shoal train engine=vllm` with one worker, in a folder that is removed again. Each time the process that computes has
+fed a step it gets SIGKILL, at a random moment of the next second: the worker's, or with `--process core` that of vLLM's
+core, a child of it. Afterwards the ledger and the stored rows are counted.
 """
 
 import argparse
@@ -26,39 +27,51 @@ from rollout.ledger import read_audit
 from rollout.recorder import TrajectoryReader
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-RESULT = Path(__file__).parent / "results" / "vllm_kills.json"
+RESULTS = Path(__file__).parent / "results"
 GROUPS_PER_STEP, GROUP_SIZE, MAX_STALENESS = 2, 4, 2
 STEPS_PER_KILL = 4
 """More than a worker trains between its return and its next end, so that the run is not over before the last one."""
-RESTART_S = 180.0
+TRANSPORTS = {"inproc": "objects", "core": "files"}
+RESTART_S = 400.0
 """A killed process is replaced, imports vLLM, is given weights and has a step trained by then."""
 
 
-def train(root: Path, kills: int) -> RunFolder:
+def train(root: Path, kills: int, process: str = "inproc") -> RunFolder:
     """The folder of a finished run that lost its engine `kills` times. Raises RuntimeError where it fails."""
     words = (
-        "engine=vllm", f"steps={STEPS_PER_KILL * kills + 6}", "rollout.workers=1", "seed=3",
+        "engine=vllm", f"engine.vllm.process={process}", f"engine.vllm.transport={TRANSPORTS[process]}",
+        f"steps={STEPS_PER_KILL * kills + 6}",
+        "rollout.workers=1", "seed=3",
         f"rollout.groups_per_step={GROUPS_PER_STEP}", f"rollout.group_size={GROUP_SIZE}",
         f"rollout.max_staleness={MAX_STALENESS}", "env.kwargs.latency_median_s=0.2", "cluster.heartbeat_s=1",
         "evaluation.every=0", "evaluation.final_tasks=8", "monitor.wandb=disabled", f"run.root={root}",
     )  # fmt: skip
     with (root / "output.txt").open("w+") as output:
-        process = subprocess.Popen(
+        run = subprocess.Popen(
             [sys.executable, "-m", "rl.cli", "train", *words], cwd=CHECKOUT, stdout=output, stderr=subprocess.STDOUT
         )
         try:
-            folder = kill_while_sampling(root, kills)
-            process.wait(timeout=2 * RESTART_S)
+            folder = kill_while_sampling(root, kills, process)
+            run.wait(timeout=2 * RESTART_S)
         finally:
-            process.kill()
-        if process.returncode:
+            run.kill()
+        if run.returncode:
             output.seek(0)
-            raise RuntimeError(f"the run ended with status {process.returncode}: {output.read()[-2000:]}")
+            raise RuntimeError(f"the run ended with status {run.returncode}: {output.read()[-2000:]}")
     return folder
 
 
-def kill_while_sampling(root: Path, kills: int) -> RunFolder:
-    """SIGKILL to each life of the worker, at a random moment of the second after it has fed a step."""
+def core_of(worker_pid: int) -> int:
+    """The process of vLLM's core, a child of a worker."""
+    for line in subprocess.check_output(["ps", "-o", "pid=,args=", "--ppid", str(worker_pid)], text=True).splitlines():
+        pid, _, args = line.strip().partition(" ")
+        if "EngineCore" in args:
+            return int(pid)
+    raise RuntimeError(f"worker {worker_pid} has no core of its own")
+
+
+def kill_while_sampling(root: Path, kills: int, process: str) -> RunFolder:
+    """SIGKILL to each life of the engine, at a random moment of the second after it has fed a step."""
     rng = random.Random(0)
     step, folder = 0, None
     for killed in range(kills):
@@ -74,7 +87,8 @@ def kill_while_sampling(root: Path, kills: int) -> RunFolder:
                 lives = file.read_text().split() if file.exists() else []
         time.sleep(rng.random())
         step = folder.state().step
-        os.kill(int(lives[killed]), signal.SIGKILL)
+        pid = int(lives[killed])
+        os.kill(core_of(pid) if process == "core" else pid, signal.SIGKILL)
     assert folder is not None
     return folder
 
@@ -115,11 +129,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="the result as one JSON object, last line")
     parser.add_argument("--kills", type=int, default=20, help="at most 20, the restarts of a worker")
+    parser.add_argument("--process", choices=["inproc", "core"], default="inproc")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="shoal-kills-") as root:
-        found = count(train(Path(root), args.kills))
-    result = {"name": "vllm_kills", "figures": found, "met": is_intact(found), "machine": describe_machine()}
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+        found = count(train(Path(root), args.kills, args.process))
+    name = "vllm_kills" if args.process == "inproc" else "vllm_kills_core"
+    result = {"name": name, "figures": found, "met": is_intact(found), "machine": describe_machine()}
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result) if args.json else json.dumps(found, indent=2))
     return 0 if is_intact(found) else 1
 

@@ -179,6 +179,16 @@ VLLM_ARGUMENTS = {
     "seed": "seed",
 }
 """Argument of vLLM's -> the setting that decides it, so that `engine.vllm.extra` may not."""
+VLLM_FIXED = {
+    "async_scheduling": "a token must come from the weights that serve when it arrives",
+    "generation_config": "each request says its whole sampling",
+    "load_format": "weights come from the learner",
+    "logprobs_mode": "the learner computes logprobs of one kind",
+    "quantization": "weights that change while they load cannot be compared with the snapshot",
+    "skip_tokenizer_init": "engines know tokens alone",
+    "worker_extension_cls": "weights and routes pass through Shoal's own",
+}
+"""Argument of vLLM's -> why nothing may change it."""
 FAILPOINT_PHASES = ("reset", "sample", "tool", "commit", "swap")
 
 
@@ -367,16 +377,20 @@ def _vllm_problems(config: TrainConfig) -> Iterator[str]:
     for name in vllm.extra:
         if name in VLLM_ARGUMENTS:
             yield f"engine.vllm.extra.{name} is decided by {VLLM_ARGUMENTS[name]}: set that one"
-    if vllm.speculative_tokens and config.policy.kind == "hybrid":
+        if name in VLLM_FIXED:
+            yield f"engine.vllm.extra.{name} cannot be set: {VLLM_FIXED[name]}"
+    if vllm.speculative_tokens:
         yield (
-            f"engine.vllm.speculative_tokens={vllm.speculative_tokens} needs policy.kind=hf and a checkpoint "
-            "with an MTP layer: the tiny models have none"
+            f"engine.vllm.speculative_tokens={vllm.speculative_tokens} must be 0: a checkpoint's MTP layer would "
+            "propose them, which the learner neither trains nor publishes, so that it is stale after the first update"
         )
-    if vllm.speculative_tokens and vllm.prefix_cache:
+    if vllm.transport == "nccl":
         yield (
-            f"engine.vllm.speculative_tokens={vllm.speculative_tokens} needs engine.vllm.prefix_cache=false: "
-            "vLLM cannot take a hybrid model's state back to where a proposal was refused and share it too"
+            "engine.vllm.transport=nccl is not written yet: its group of GPUs is fixed when it is made, and workers "
+            "come and go. Allowed: objects, files"
         )
+    if vllm.transport != "objects" and config.cluster.kind == "inprocess":
+        yield f"engine.vllm.transport={vllm.transport} has no effect: cluster.kind=inprocess"
 
 
 def _placement_problems(config: TrainConfig) -> Iterator[str]:

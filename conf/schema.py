@@ -115,7 +115,8 @@ class VllmConfig:
     """Settings of engine kind "vllm" alone; docs/vllm.md tells what each needs."""
 
     process: str = "inproc"
-    """"inproc" (stepped by a thread of the worker: starts in seconds) | "core" (an engine in processes of its own)."""
+    """"inproc" (stepped by a thread of the worker: starts in seconds) | "core" (vLLM's core and model
+    in a process of their own)."""
     dtype: str = "bfloat16"
     """Of weights and activations. The CPU build computes hybrid layers in bfloat16 only."""
     kv_cache_mib: int = 64
@@ -125,18 +126,19 @@ class VllmConfig:
     kv_cache_dtype: str = "auto"
     """Of cached keys and values; "auto" = `dtype`."""
     speculative_tokens: int = 0
-    """Tokens that the checkpoint's own MTP layer proposes ahead; 0 = off."""
+    """Tokens that the checkpoint's own MTP layer proposes ahead; 0 = off, and must be while it is not trained."""
     prefix_cache: bool = False
     """Reuse the state of equal prompt beginnings, in whole blocks."""
     # --- advanced ---
     enforce_eager: bool = True
     """False = compile and capture the model first: slower to start, and faster on GPUs only."""
     transport: str = "objects"
-    """How new weights travel: "objects" (Ray's object store) | "files" (on disk) | "nccl" (between GPUs)."""
+    """How new weights travel: "objects" (Ray's object store) | "files" (in the run's folder, mapped by every engine) |
+    "nccl" (between GPUs: not written yet)."""
     routes: bool = True
     """Record which experts each token went through, for the learner to replay; says nothing of dense models."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of vLLM's EngineArgs, by name, such as quantization."""
+    """Further arguments of vLLM's EngineArgs, by name, such as gpu_memory_utilization."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -130,6 +130,11 @@ class Engine(Protocol):
         """Version of the weights that samples now; -1 before the first `load_weights`."""
         ...
 
+    @property
+    def died(self) -> bool:
+        """It ended by itself, not by `close`: it serves nothing any more, and whoever holds it must be replaced."""
+        ...
+
     async def generate(self, request: GenerationRequest) -> Completion: ...
 
     async def abort(self, request_id: str) -> None:

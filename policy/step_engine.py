@@ -134,6 +134,10 @@ class StepEngine:
     def policy_version(self) -> int:
         return self._stepper.policy_version
 
+    @property
+    def died(self) -> bool:
+        return self._failure is not None
+
     def stats(self) -> EngineStats:
         return self._stepper.stats()
 

@@ -1,9 +1,10 @@
 """Routes of experts out of vLLM's CPU build, whose model runner returns none: a hook on each router.
 
 A step feeds each request some tokens; the hooks note which experts each of them took. Letters: M sparse layers, k
-experts per token.
+experts per token, L tokens of a conversation.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,10 +13,15 @@ from torch import Tensor
 
 
 class RouteCapture:
-    """Example: capture = RouteCapture(model_runner); engine.step(); capture.take() -> {"r1": (12, rows (3, M, k))}"""
+    """Example: capture = RouteCapture(model_runner, 256); engine.step(); capture.take(["r1"]) -> {"r1": (256, M, k)}
 
-    def __init__(self, model_runner: Any) -> None:
+    A token keeps the experts of the first time it was fed: when its state is computed again under other weights, what
+    was sampled after it then stays as it was.
+    """
+
+    def __init__(self, model_runner: Any, max_model_tokens: int) -> None:
         self._runner = model_runner
+        self._max_tokens = max_model_tokens
         routers = [
             module.router
             for _, module in model_runner.get_model().named_modules()
@@ -24,7 +30,7 @@ class RouteCapture:
         unique = list({id(router): router for router in routers}.values())
         self._num_layers = len(unique)
         self._layers: dict[int, np.ndarray] = {}
-        self._taken: dict[str, tuple[int, np.ndarray]] = {}
+        self._routes: dict[str, np.ndarray] = {}
         for layer, router in enumerate(unique):
             router.set_capture_fn(partial(self._note, layer))
 
@@ -33,14 +39,19 @@ class RouteCapture:
         self._layers[layer] = experts.to("cpu").numpy().astype(np.int16)
         if layer < self._num_layers - 1:
             return
-        routes = np.stack([self._layers[i] for i in range(self._num_layers)], axis=1)
+        fed = np.stack([self._layers[i] for i in range(self._num_layers)], axis=1)
         batch, starts = self._runner.input_batch, self._runner.query_start_loc.np
         for i, internal_id in enumerate(batch.req_ids):
-            rows = routes[starts[i] : starts[i + 1]]
+            rows = fed[starts[i] : starts[i + 1]]
             # vLLM's own id is the request's with a suffix
-            self._taken[internal_id.rpartition("-")[0]] = (int(batch.num_computed_tokens_cpu[i]), rows)
+            request_id = internal_id.rpartition("-")[0]
+            if request_id not in self._routes:
+                self._routes[request_id] = np.full((self._max_tokens, *rows.shape[1:]), -1, np.int16)
+            first = int(batch.num_computed_tokens_cpu[i])
+            kept = self._routes[request_id][first : first + len(rows)]
+            unknown = (kept < 0).all((1, 2))
+            kept[unknown] = rows[unknown]
 
-    def take(self) -> dict[str, tuple[int, np.ndarray]]:
-        """Request id -> (position of the first token fed, (n, M, k) int16 experts of n tokens) of the last step."""
-        taken, self._taken = self._taken, {}
-        return taken
+    def take(self, request_ids: Sequence[str]) -> dict[str, np.ndarray]:
+        """Request id -> (L, M, k) int16 experts of each token as an input, -1 where it was not fed; then forgotten."""
+        return {name: self._routes.pop(name) for name in request_ids if name in self._routes}

@@ -6,6 +6,7 @@ so what is checked is what the kernels compute with. vLLM's own names are used o
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,86 @@ FUSED = {
     "experts.routed_experts.w2_weight": ("experts.down_proj",),
 }
 """End of vLLM's name -> ends of ours whose rows it joins in this order; a name that is not here is ours too."""
+
+SPLIT_ROWS = (
+    "in_proj_z.weight",
+    "in_proj_b.weight",
+    "in_proj_a.weight",
+    "A_log",
+    "dt_bias",
+    "q_proj.weight",
+    "q_proj.bias",
+    "gate_proj.weight",
+    "up_proj.weight",
+)
+SPLIT_COLUMNS = ("o_proj.weight", "out_proj.weight", "down_proj.weight")
+KEYS_VALUES = ("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias")
+LINEAR_QKV = ("in_proj_qkv.weight", "conv1d.weight")
+VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
+VOCABULARY_BLOCK = 64
+"""vLLM pads a vocabulary to a multiple of this before it divides it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """Which part of each of our tensors one of the tensor-parallel ranks holds; what is not named above it holds whole.
+
+    Example: Shard(rank=1, size=2, linear_keys=128, linear_values=128, kv_heads=2, vocab_size=61)
+    .part("x.o_proj.weight", tensor (64, 128)) -> its columns 64 to 127
+    """
+
+    rank: int
+    size: int
+    """Ranks that share the model; 1 = each tensor is held whole."""
+    linear_keys: int
+    """Rows of the keys of linear attention, all heads; as many of its queries."""
+    linear_values: int
+    kv_heads: int
+    """Of softmax attention; held more than once where there are fewer than ranks."""
+    vocab_size: int
+
+    @staticmethod
+    def of(model: Any, parallel_config: Any, rank: int) -> "Shard":
+        """Of vLLM's model and its process's rank."""
+        config = model.config
+        return Shard(
+            rank=rank % parallel_config.tensor_parallel_size,
+            size=parallel_config.tensor_parallel_size,
+            linear_keys=config.linear_num_key_heads * config.linear_key_head_dim,
+            linear_values=config.linear_num_value_heads * config.linear_value_head_dim,
+            kv_heads=config.num_key_value_heads,
+            vocab_size=config.vocab_size,
+        )
+
+    def part(self, name: str, tensor: Tensor) -> Tensor:
+        """The rows or columns of our tensor `name` that this rank holds."""
+
+        def named(ends: tuple[str, ...]) -> bool:
+            return any(name == end or name.endswith("." + end) for end in ends)
+
+        if self.size == 1:
+            return tensor
+        if named(VOCABULARY):
+            rows = -(-self.vocab_size // VOCABULARY_BLOCK) * VOCABULARY_BLOCK // self.size
+            return tensor[rows * self.rank : rows * (self.rank + 1)]
+        if named(LINEAR_QKV):
+            return self._cut(tensor, 0, [self.linear_keys, self.linear_keys, self.linear_values])
+        if named(KEYS_VALUES):
+            pieces = min(self.size, self.kv_heads)
+            return tensor.chunk(pieces)[self.rank * pieces // self.size]
+        if named(("experts.gate_up_proj",)):
+            return self._cut(tensor, 1, [tensor.shape[1] // 2] * 2)
+        if named(("experts.down_proj",)):
+            return self._cut(tensor, 2, [tensor.shape[2]])
+        if named(SPLIT_ROWS):
+            return self._cut(tensor, 0, [len(tensor)])
+        if named(SPLIT_COLUMNS):
+            return self._cut(tensor, 1, [tensor.shape[1]])
+        return tensor
+
+    def _cut(self, tensor: Tensor, dim: int, sections: list[int]) -> Tensor:
+        """This rank's share of each section, joined."""
+        return torch.cat([section.chunk(self.size, dim)[self.rank] for section in tensor.split(sections, dim)], dim)
 
 
 def checkpoint_tensors(tensors: Mapping[str, np.ndarray]) -> Iterator[tuple[str, Tensor]]:
@@ -57,8 +138,9 @@ def load(model_runner: Any, tensors: Mapping[str, np.ndarray]) -> None:
         model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 
-def verify(model: Any, tensors: Mapping[str, np.ndarray]) -> None:
-    """Raise `WeightSyncError`, naming ours and vLLM's tensor, unless every one of `tensors` is what the model holds.
+def verify(model: Any, tensors: Mapping[str, np.ndarray], shard: Shard) -> None:
+    """Raise `WeightSyncError`, naming ours and vLLM's tensor, unless every one of `tensors` is what the model holds of
+    it as `shard`.
 
     Covers both ways: a parameter of vLLM's that none of ours accounts for is an error too.
     """
@@ -69,7 +151,7 @@ def verify(model: Any, tensors: Mapping[str, np.ndarray]) -> None:
             sources = ["model.embed_tokens.weight"]
         if missing := [source for source in sources if source not in tensors]:
             raise WeightSyncError(f"vLLM's parameter {name!r} comes from {missing[0]!r}, which is not in the snapshot")
-        parts = [torch.from_numpy(np.ascontiguousarray(tensors[source])) for source in sources]
+        parts = [shard.part(source, torch.from_numpy(np.ascontiguousarray(tensors[source]))) for source in sources]
         wanted = torch.cat(parts).to(held.dtype)
         if not _equal(held, _as_packed(module, name, wanted, held)):
             raise WeightSyncError(f"after loading, vLLM's parameter {name!r} is not {' + '.join(map(repr, sources))}")

@@ -43,6 +43,8 @@ class PolicySnapshot:
     manifest: tuple[TensorSpec, ...]
     """Sorted by name; one entry per tensor."""
     tensors: Mapping[str, np.ndarray]
+    path: str = ""
+    """Safetensors file that the tensors are mapped from; "" = they are in memory alone."""
 
     @staticmethod
     def create(version: int, tensors: Mapping[str, np.ndarray]) -> "PolicySnapshot":

@@ -9,6 +9,7 @@ from rollout.actors import answer, log_to_file
 from rollout.trajectory import TrajectoryGroup
 
 if TYPE_CHECKING:
+    from policy.weight_files import StoredSnapshot
     from policy.weight_store import PolicySnapshot
     from rl.report import LearnerReport
 
@@ -20,6 +21,7 @@ class LearnerActor:
         from rl.learner_service import LearnerService
 
         log_to_file(log_folder, "learner")
+        self._weights = Path(log_folder).parent / "weights" if config.engine.vllm.transport == "files" else None
         self._service = LearnerService(config)
         self._keep = config.run.keep_checkpoints
 
@@ -29,8 +31,11 @@ class LearnerActor:
     def step(self, groups: Sequence[TrajectoryGroup]) -> "LearnerReport":
         return self._service.step(groups)
 
-    def snapshot(self) -> "PolicySnapshot":
-        return self._service.snapshot()
+    def snapshot(self) -> "PolicySnapshot | StoredSnapshot":
+        from policy.weight_files import StoredSnapshot
+
+        snapshot = self._service.snapshot()
+        return snapshot if self._weights is None else StoredSnapshot.write(snapshot, self._weights)
 
     def save(self, folder: str, step: int, state: dict[str, Any]) -> str:
         return self._service.save(folder, step, state, self._keep)

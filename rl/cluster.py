@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import secrets
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -293,6 +294,7 @@ class RayCluster:
     host: EnvHost
     _pools: list[Any]
     _connection: "PoolClient | None" = None
+    _weights: Path | None = None
 
     @staticmethod
     async def start(config: TrainConfig, folder: Path) -> "RayCluster":
@@ -317,6 +319,7 @@ class RayCluster:
         from rollout.actors import RayWorkerClient, RolloutWorkerActor, answer, connect
 
         deadline_s, logs = config.cluster.start_timeout_s, str((folder / "logs").resolve())
+        self._weights = folder / "weights" if config.engine.vllm.transport == "files" else None
         wanted = plan(config)
         # the driver's working directory reaches actors, so that environments beside it import there too
         runtime_env = {"env_vars": {"PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}}
@@ -353,6 +356,8 @@ class RayCluster:
         if self._connection is not None:  # its poll would meet a pool that is gone
             await self._connection.aclose()
         await asyncio.to_thread(ray.shutdown)
+        if self._weights is not None:  # of no use to anyone once the engines are gone
+            shutil.rmtree(self._weights, ignore_errors=True)
 
 
 def _placer(wanted: Plan, group: Any, runtime_env: dict[str, Any]) -> Callable[..., Any]:

@@ -18,6 +18,7 @@ from rollout.lease import Lease, WorkerLost, WorkerStatus
 from rollout.trajectory import Trajectory, TrajectoryGroup
 
 if TYPE_CHECKING:
+    from policy.weight_files import StoredSnapshot
     from policy.weight_store import PolicySnapshot
 
 T = TypeVar("T")
@@ -64,7 +65,10 @@ def connect(pools: Sequence[str], env: EnvConfig) -> PoolClient:
 
 
 class RolloutWorkerActor:
-    """A `RolloutWorker` in a process of its own. Made by `rl.cluster`."""
+    """A `RolloutWorker` in a process of its own. Made by `rl.cluster`.
+
+    It lives as long as its engine: where that died this process ends too, and Ray starts another.
+    """
 
     def __init__(self, config: TrainConfig, name: str, pools: Sequence[str], log_folder: str) -> None:
         import torch
@@ -76,20 +80,30 @@ class RolloutWorkerActor:
         failpoint = Failpoint(config.run.debug_failpoint, life=count_life(Path(log_folder) / f"{name}.lives"))
         self._worker = build_worker(config, name, connect(pools, config.env), failpoint)
 
-    async def run_lease(self, lease: Lease) -> TrajectoryGroup:
-        return await self._worker.run_lease(lease)
+    async def _or_end(self, call: Awaitable[T]) -> T:
+        from policy.engine import EngineClosed
 
-    async def load_weights(self, snapshot: "PolicySnapshot") -> int:
-        return await self._worker.load_weights(snapshot)
+        try:
+            return await call
+        except EngineClosed:
+            logging.exception("the engine died: this process ends, another begins")
+            logging.shutdown()
+            os._exit(1)
+
+    async def run_lease(self, lease: Lease) -> TrajectoryGroup:
+        return await self._or_end(self._worker.run_lease(lease))
+
+    async def load_weights(self, snapshot: "PolicySnapshot | StoredSnapshot") -> int:
+        return await self._or_end(self._worker.load_weights(snapshot))
 
     async def pin(self, version: int) -> None:
         await self._worker.pin(version)
 
     async def evaluate(self, tasks: Sequence[Task], temperature: float, label: str) -> list[Trajectory]:
-        return await self._worker.evaluate(tasks, temperature, label)
+        return await self._or_end(self._worker.evaluate(tasks, temperature, label))
 
     async def status(self) -> WorkerStatus:
-        return await self._worker.status()
+        return await self._or_end(self._worker.status())
 
     async def close(self) -> None:
         await self._worker.close()

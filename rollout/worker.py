@@ -4,6 +4,7 @@ Invariants
 - It runs nothing before it holds verified weights of at least the version its lease asks for (pitfalls I5).
 - Weights are swapped only when no unit of the rollout lock is running; an evaluation pins the version until it ends.
 - A lease ends in a group, an exception that says why, or cancellation; nothing is kept between leases.
+- What was played while the engine died is no result: `EngineClosed` is raised instead.
 """
 
 import asyncio
@@ -16,11 +17,12 @@ from envs.outcome import EnvHost
 from envs.task import Task
 from policy.checkpoint_io import expected_tensors
 from policy.device import claim_device
-from policy.engine import CachePolicy, Engine
+from policy.engine import CachePolicy, Engine, EngineClosed
 from policy.hf_model import load_policy_model
 from policy.hybrid import HybridModel
 from policy.local_engine import LocalEngine
 from policy.vllm_engine import VllmEngine
+from policy.weight_files import StoredSnapshot
 from policy.weight_store import PolicySnapshot
 from rollout.agent_process import AgentCrew
 from rollout.episode import EpisodeSettings, run_episode
@@ -73,8 +75,10 @@ class RolloutWorker:
         self._groups = 0
         self._episodes = 0
 
-    async def load_weights(self, snapshot: PolicySnapshot) -> int:
+    async def load_weights(self, snapshot: PolicySnapshot | StoredSnapshot) -> int:
         """Wait for the lock, verify, swap. Raises `WeightSyncError` and keeps the old version where they differ."""
+        if isinstance(snapshot, StoredSnapshot):
+            snapshot = snapshot.open()
         await asyncio.wait_for(self._pinned.wait(), self._config.episode_deadline_s * 2)
         async with self._lock.swap():
             self._failpoint.hit("swap")
@@ -133,6 +137,7 @@ class RolloutWorker:
         finally:
             self._groups -= 1
             self._episodes -= self._config.group_size
+        self._check_engine()
         self._failpoint.hit("commit")
         return group
 
@@ -164,15 +169,23 @@ class RolloutWorker:
 
         try:
             await self._start_agents()
-            return list(await asyncio.gather(*(one(task) for task in tasks)))
+            played = list(await asyncio.gather(*(one(task) for task in tasks)))
+            self._check_engine()
+            return played
         finally:
             self._pinned.set()
 
     evaluation_width = 256
     """Episodes of an evaluation in flight at once."""
 
-    async def status(self) -> WorkerStatus:
+    def _check_engine(self) -> None:
+        """Episodes that an engine's end cut short look like failures of their own: nothing may be learnt of them."""
+        if self._engine.died:
+            raise EngineClosed(f"the engine of {self.name} died; what it was playing does not count")
 
+    async def status(self) -> WorkerStatus:
+        """Raises `EngineClosed` where nothing can be served any more."""
+        self._check_engine()
         return WorkerStatus(
             name=self.name,
             policy_version=self._engine.policy_version,

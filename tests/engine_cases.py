@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from conf.schema import EngineConfig
+from conf.schema import EngineConfig, VllmConfig
 from policy.checkpoint_io import expected_tensors, to_numpy_tensors
 from policy.engine import (
     Engine,
@@ -44,6 +44,8 @@ MODELS = {
     "vllm-dense-untied": PRESETS["tiny_hybrid"].override(
         WIDE | {"intermediate_size": 64, "tie_word_embeddings": False}
     ),
+    # 32 a rank: narrower experts vLLM widens when it loads them first, and cannot load again
+    "vllm-two-ranks": WIDE_MOE.override({"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}),
     "vllm-moe-untied": WIDE_MOE.override({"tie_word_embeddings": False}),
 }
 
@@ -96,9 +98,11 @@ def local_case(config: str) -> EngineCase:
     )
 
 
-def vllm_case(config: str) -> EngineCase:
+def vllm_case(config: str, own: VllmConfig | None = None) -> EngineCase:
     def make(clock: Callable[[], float] = time.monotonic) -> Engine:
-        settings = EngineConfig(kind="vllm", max_running=MAX_RUNNING, max_model_tokens=MAX_TOKENS)
+        settings = EngineConfig(
+            kind="vllm", max_running=MAX_RUNNING, max_model_tokens=MAX_TOKENS, vllm=own or VllmConfig()
+        )
         return VllmEngine(MODELS[config], expected_tensors(HybridModel(MODELS[config])), settings, clock=clock)
 
     return EngineCase(
@@ -106,7 +110,7 @@ def vllm_case(config: str) -> EngineCase:
         tensors=lambda seed: dict(to_numpy_tensors(model_of(config, seed))),
         model=lambda seed: model_of(config, seed),
         # bfloat16; with experts also the few tokens that rounding sends to others
-        noise=(0.15, 2.5) if "moe" in config else (0.03, 0.3),
+        noise=(0.15, 2.5) if MODELS[config].num_experts else (0.03, 0.3),
         exact=False,
     )
 
@@ -130,13 +134,20 @@ def scripted_case() -> EngineCase:
 
 CASES = {"local-dense": local_case("dense"), "local-moe": local_case("moe"), "scripted": scripted_case()}
 VLLM = {name: vllm_case(name) for name in ("vllm-dense", "vllm-dense-untied", "vllm-moe", "vllm-moe-untied")}
+VLLM["vllm-core"] = vllm_case("vllm-dense", VllmConfig(process="core"))
+VLLM["vllm-core-moe"] = vllm_case("vllm-moe-untied", VllmConfig(process="core"))
+VLLM["vllm-two-ranks"] = vllm_case("vllm-two-ranks", VllmConfig(tensor_parallel=2))
 needs_vllm = [pytest.mark.vllm, pytest.mark.skipif(vllm_build() is None, reason="needs the vLLM extra")]
 SMALL_SETTING = ("vllm-dense", "vllm-moe-untied")
 """What CI runs of them; with the others, marked slow, the same tests take twice as long."""
 VLLM_PARAMETERS = [
     pytest.param(case, id=name, marks=needs_vllm if name in SMALL_SETTING else [*needs_vllm, pytest.mark.slow])
     for name, case in VLLM.items()
+    if name != "vllm-core-moe"  # each start takes half a minute; test_policy_vllm_core.py has it
 ]
+
+
+VLLM_CORE = pytest.param(VLLM["vllm-core"], id="vllm-core", marks=[*needs_vllm, pytest.mark.slow])
 
 
 def every(*cases: str) -> pytest.MarkDecorator:

@@ -77,6 +77,7 @@ class ScriptedEngine:
         )
         self._version = -1
         self._closed = False
+        self.died = False
         self._aborted: dict[str, bool] = {}
         """Running requests; True = to be aborted."""
         self._num_sampled = 0

@@ -248,7 +248,6 @@ def test_a_function_of_the_user_is_an_importable_path():
 
 # --- combinations
 
-SPECULATES_AND_SHARES = ("speculative_tokens=1", "prefix_cache=true")
 IMPOSSIBLE = [
     (["learner.publish_every=4", "rollout.max_staleness=2"], ["learner.publish_every=4", "deadlock", "= 3 steps"]),
     (["rollout=sync", "learner.publish_every=2"], ["learner.publish_every=2", "= 1 steps"]),
@@ -277,12 +276,15 @@ IMPOSSIBLE = [
     (["policy=hf", "policy.path=x", "policy.overrides.a=1"], ["policy.overrides={'a': 1} has no effect"]),
     (["policy.path=x"], ["policy.path='x' has no effect"]),
     (["engine.vllm.kv_cache_mib=8"], ["engine.vllm.kv_cache_mib=8 has no effect", "engine.kind=local"]),
-    (["engine=vllm", "engine.vllm.speculative_tokens=1"], ["engine.vllm.speculative_tokens=1", "policy.kind=hf"]),
-    (
-        ["engine=vllm", "policy=hf", "policy.path=x", *(f"engine.vllm.{key}" for key in SPECULATES_AND_SHARES)],
-        ["engine.vllm.speculative_tokens=1", "engine.vllm.prefix_cache=false"],
-    ),
+    (["engine=vllm", "engine.vllm.speculative_tokens=1"], ["engine.vllm.speculative_tokens=1", "MTP", "stale"]),
     (["engine=vllm", "engine.vllm.extra.dtype=half"], ["engine.vllm.extra.dtype", "set that one"]),
+    (["engine=vllm", "engine.vllm.extra.quantization=fp8"], ["engine.vllm.extra.quantization", "compared"]),
+    (["engine=vllm", "engine.vllm.extra.async_scheduling=true"], ["engine.vllm.extra.async_scheduling"]),
+    (["engine=vllm", "engine.vllm.transport=nccl"], ["engine.vllm.transport=nccl", "Allowed: objects, files"]),
+    (
+        ["engine=vllm", "engine.vllm.transport=files", "cluster=inprocess"],
+        ["engine.vllm.transport=files has no effect", "cluster.kind=inprocess"],
+    ),
     (["env=mix", "env.id=ShopDB-v0"], ["env.id='ShopDB-v0' has no effect", "env.mix"]),
     (["env=mix", "env.level=2"], ["env.level=2 has no effect"]),
     (["env=mix", "env.kwargs.a=2"], ["env.kwargs={'a': 2} has no effect"]),

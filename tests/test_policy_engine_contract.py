@@ -29,6 +29,7 @@ from tests.engine_cases import (
     CASES,
     MAX_RUNNING,
     MAX_TOKENS,
+    VLLM_CORE,
     VLLM_PARAMETERS,
     VOCAB,
     EngineCase,
@@ -53,9 +54,11 @@ def in_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
 async def serving(case: EngineCase, *, seed: int = 0, **arguments: object) -> AsyncIterator[Engine]:
     """An engine that holds version 1."""
     engine = case.make(**arguments)
-    await engine.load_weights(case.snapshot(1, seed=seed))
-    yield engine
-    await engine.close()
+    try:
+        await engine.load_weights(case.snapshot(1, seed=seed))
+        yield engine
+    finally:  # processes of its own would stay until the last test has ended
+        await engine.close()
 
 
 request_ids = itertools.count()
@@ -540,6 +543,35 @@ async def test_after_a_recompute_swap_a_request_goes_on_as_if_it_had_the_new_wei
         case, 1, replace(request, prompt_ids=prefix), replace(completion, token_ids=completion.token_ids[old:])
     )
     assert_close(case, completion.logprobs[old:], expected)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [*(pytest.param(CASES[name], id=name) for name in ("local-dense", "local-moe")), VLLM_PARAMETERS[0], VLLM_CORE],
+)
+@in_loop
+async def test_a_hundred_requests_live_through_ten_updates_and_every_token_names_its_version(case: EngineCase) -> None:
+    requests = [ask(random_prompt(3 + i % 20, seed=i), max_tokens=20 + i % 60) for i in range(100)]
+    async with serving(case) as engine:
+        running = [asyncio.create_task(engine.generate(request)) for request in requests]
+        for version in range(2, 12):
+            await until(lambda version=version: engine.stats().sampled_tokens >= 400 * (version - 1))
+            await engine.load_weights(case.snapshot(version, seed=version))
+        completions = await asyncio.gather(*running)
+    assert [len(completion.token_ids) for completion in completions] == [20 + i % 60 for i in range(100)]
+    assert {v for completion in completions for v in completion.policy_versions} == set(range(1, 12))
+    assert all((np.diff(completion.policy_versions) >= 0).all() for completion in completions)
+    # by the version that a token names, its logprob is the one of a fresh prefill under these weights
+    gaps = []
+    for request, completion in zip(requests, completions, strict=True):
+        for version in np.unique(completion.policy_versions):
+            expected = learner_logprobs(case, 0 if version == 1 else int(version), request, completion)
+            named = completion.policy_versions == version
+            gaps.append((completion.logprobs[named], expected[named]))
+    sampled, expected = (np.concatenate(side) for side in zip(*gaps, strict=True))
+    print(f"recomputed under new weights: mean {np.abs(sampled - expected).mean()}")
+    assert_close(case, sampled, expected)
+    assert case.exact or np.abs(sampled - expected).mean() <= 0.01
 
 
 @every_real_engine

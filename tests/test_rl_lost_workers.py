@@ -2,18 +2,22 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from conf.schema import TrainConfig
 from envs.outcome import EnvHost
 from envs.task import Task
-from policy.engine import EngineStats
-from policy.weight_store import WeightSyncError
+from policy.engine import Completion, EngineClosed, EngineStats, GenerationRequest
+from policy.weight_store import PolicySnapshot, WeightSyncError
+from rl.cluster import build_pool
 from rl.evaluate import evaluate
 from rollout.fleet import MAX_RESTARTS, Fleet, FleetError, WorkerState
 from rollout.lease import Lease, NotReady, WorkerLost, WorkerStatus
@@ -195,3 +199,60 @@ def test_a_run_outlives_a_worker_that_dies_in_the_first_evaluation(tmp_path: Pat
     assert [(e.step, e.n) for e in finished.controller.progress.evaluations] == [(0, 4), (2, 4)]
     kinds = [json.loads(line)["kind"] for line in finished.folder.events.read_text().splitlines()]
     assert kinds == ["evaluation_failed", "worker_lost", "worker_restarted", "checkpoint"]
+
+
+class DyingEngine(ScriptedEngine):
+    """Dies of its third request."""
+
+    num_asked = 0
+
+    async def generate(self, request: GenerationRequest) -> Completion:
+        self.num_asked += 1
+        if self.num_asked >= 3:
+            self.died = True
+            raise EngineClosed("its process is gone")
+        return await super().generate(request)
+
+
+def test_what_was_played_while_an_engine_died_is_no_group_and_no_sign_of_life(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+
+    async def scene() -> None:
+        engine, host = DyingEngine(sometimes_right), build_pool(config)
+        worker = RolloutWorker(
+            "w", engine=engine, renderer=make_renderer(config.policy), host=host, config=config.rollout, seed=0
+        )
+        await worker.load_weights(PolicySnapshot.create(0, {"a": np.zeros(1, np.float32)}))
+        assert (await worker.status()).policy_version == 0
+        task = Task(task_id="t/0", env_id="Calculator-v0", env_name="calculator", seed=1)
+        with pytest.raises(EngineClosed, match="engine of w died"):
+            await worker.run_lease(Lease(group_id="g", task=task, attempt=0, min_version=0, deadline_s=20))
+        with pytest.raises(EngineClosed):
+            await worker.evaluate([task], 1.0, "eval")
+        with pytest.raises(EngineClosed):
+            await worker.status()
+
+    run(scene())
+
+
+LEASE_OF_A_DEAD_ENGINE = """
+import asyncio
+from policy.engine import EngineClosed
+from rollout.actors import RolloutWorkerActor
+
+class Worker:
+    async def run_lease(self, lease):
+        raise EngineClosed("its core was killed")
+
+actor = RolloutWorkerActor.__new__(RolloutWorkerActor)
+actor._worker = Worker()
+asyncio.run(actor.run_lease(None))
+"""
+
+
+@pytest.mark.slow
+def test_a_workers_process_ends_with_its_engine_and_says_why() -> None:
+    """So that it is replaced as a killed one is: Ray reports it lost, the fleet revives it, its leases go out again."""
+    done = subprocess.run([sys.executable, "-c", LEASE_OF_A_DEAD_ENGINE], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert "the engine died" in done.stderr and "its core was killed" in done.stderr

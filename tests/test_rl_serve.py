@@ -147,6 +147,20 @@ def test_an_agent_framework_plays_through_the_endpoint() -> None:
     assert ids == [i for c in sampled for i in c.token_ids.tolist()]
 
 
+def test_a_session_that_its_agent_forgets_ends_at_its_deadline_and_is_scored_as_it_stands() -> None:
+    async def forget(client: openai.AsyncOpenAI, http: httpx.AsyncClient, session: dict) -> None:
+        await client.chat.completions.create(
+            model=session["model"],
+            messages=session["task"]["messages"],
+            tools=session["task"]["tools"],
+            extra_headers={"x-shoal-session": session["session_id"]},
+        )
+
+    rows, sampled = serve_one(forget, deadline_s=3.0)
+    assert [row.stop_reason for row in rows] == [StopReason.DEADLINE]
+    assert rows[0].reward == 0.0 and rows[0].num_sampled_tokens == len(sampled[0].token_ids)
+
+
 def test_a_field_that_would_change_the_distribution_is_refused_by_name() -> None:
     body = {"model": "shoal", "messages": [{"role": "user", "content": "x"}]}
     assert read_chat(body | {"top_p": 1, "n": 1, "user": "me"}).temperature is None

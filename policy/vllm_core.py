@@ -1,0 +1,190 @@
+"""vLLM's LLMEngine as its stepper uses it, in this process or with its core in one of its own: only this file knows.
+
+A core of its own steps by itself while it has requests. Its tokens, answers to calls and the news of its end reach
+this process through one queue, in the order in which it sent them: when it has said that it is paused, all that it
+sampled before is in `outputs_queue`.
+
+- `step` waits for tokens, at most `WAIT_S`, so that deadlines and aborts are seen to while a core is busy or stuck;
+- other calls wait for their answer, or for the end of the core's process.
+"""
+
+import contextlib
+import json
+import multiprocessing.connection
+import os
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from conf.schema import EngineConfig
+from policy.engine import EngineError
+from policy.hybrid_config import HybridConfig
+from policy.vllm_packages import prepare
+from policy.weight_files import in_order
+from policy.weight_store import PolicySnapshot, WeightSyncError
+
+WAIT_S = 0.5
+OWNER_PIPE = "owner"
+"""Held open by this process; the model's processes end when it is closed, and a killed process closes it too."""
+
+
+class VllmCore:
+    """Example: core = VllmCore(model, config); core.start(routes=False); core.replace(snapshot); core.add(...)"""
+
+    def __init__(self, model: HybridConfig, config: EngineConfig) -> None:
+        self._model = model
+        self._config = config
+        self._own_process = config.vllm.process == "core"
+        self._shares_memory = not self._own_process and config.vllm.tensor_parallel == 1
+        """The model lies in this process."""
+        self._captures = False
+        self._engine: Any = None
+        self._folder: tempfile.TemporaryDirectory | None = None
+        self._owner: int | None = None
+
+    def start(self, *, routes: bool) -> None:
+        """Raises `VllmMissing`, or whatever vLLM raises."""
+        self._captures = routes
+        prepare()
+        # vLLM reads it too, and would move the core or start one more process between it and the model
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        from vllm.engine.arg_utils import EngineArgs  # pyright: ignore[reportMissingImports]
+        from vllm.v1.engine.llm_engine import LLMEngine  # pyright: ignore[reportMissingImports]
+
+        self._folder = tempfile.TemporaryDirectory(prefix="shoal-vllm-")
+        Path(self._folder.name, "config.json").write_text(json.dumps(self._model.to_hf()))
+        self._engine = LLMEngine.from_engine_args(
+            EngineArgs(**self._arguments(self._folder.name)), enable_multiprocessing=self._own_process
+        )
+        if self._own_process:
+            threading.Thread(target=_tell_of_death, args=(self._engine.engine_core,), daemon=True).start()
+        pipe = ""
+        if not self._shares_memory:
+            pipe = str(Path(self._folder.name, OWNER_PIPE))
+            os.mkfifo(pipe)
+            self._owner = os.open(pipe, os.O_RDWR)
+        self._call("shoal_prepare", self._config.max_model_tokens, routes, self._config.threads, os.getpid(), pipe)
+
+    def _arguments(self, folder: str) -> dict[str, Any]:
+        own = self._config.vllm
+        speculative = {"method": "mtp", "num_speculative_tokens": own.speculative_tokens}
+        arguments: dict[str, Any] = {
+            "model": folder,
+            "load_format": "dummy",  # shapes come from the folder, weights from the learner
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",
+            "dtype": own.dtype,
+            "enforce_eager": own.enforce_eager,
+            "max_model_len": self._config.max_model_tokens,
+            "max_num_seqs": self._config.max_running,
+            "kv_cache_memory_bytes": own.kv_cache_mib << 20,
+            "kv_cache_dtype": own.kv_cache_dtype,
+            "tensor_parallel_size": own.tensor_parallel,
+            "enable_prefix_caching": own.prefix_cache,
+            "speculative_config": speculative if own.speculative_tokens else None,
+            "async_scheduling": False,  # a step returns its own tokens, so they are of the weights that serve now
+            "logprobs_mode": "processed_logprobs",
+            "worker_extension_cls": "policy.vllm_worker.WorkerExtension",
+        }
+        return arguments | own.extra
+
+    def _call(self, method: str, *arguments: Any) -> list[Any]:
+        """An answer of each rank."""
+        return self._engine.collective_rpc(method, args=arguments)
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.engine_core.shutdown()
+        if self._owner is not None:
+            os.close(self._owner)
+            self._owner = None
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    # --- requests ---
+
+    def add(self, request_id: str, prompt_ids: list[int], params: Any) -> None:
+        self._engine.add_request(request_id, {"prompt_token_ids": prompt_ids}, params)
+
+    def abort(self, request_ids: list[str]) -> None:
+        self._engine.abort_request(request_ids)
+
+    def step(self) -> list[Any]:
+        """vLLM's outputs since the last time; none where a core of its own has none within `WAIT_S`."""
+        if not self._own_process:
+            return self._engine.step()
+        queue = self._engine.engine_core.outputs_queue
+        with queue.not_empty:
+            queue.not_empty.wait_for(queue._qsize, WAIT_S)
+        return self._outputs()
+
+    def _outputs(self) -> list[Any]:
+        found: list[Any] = []
+        while self._own_process and not self._engine.engine_core.outputs_queue.empty():
+            found += self._engine.step()
+        return found
+
+    def routes(self, request_ids: Sequence[str]) -> dict[str, np.ndarray]:
+        """Request id -> (most tokens of a conversation, M, k) int16, of requests that have ended."""
+        if not self._captures:
+            return {}
+        found = self._call("shoal_routes", list(request_ids))[0]
+        return {name: np.frombuffer(content, np.int16).reshape(shape) for name, (shape, content) in found.items()}
+
+    # --- weights ---
+
+    def pause(self) -> list[Any]:
+        """Sample nothing until `resume`; what was sampled before."""
+        if self._own_process:
+            self._engine.engine_core.call_utility("pause_scheduler", "keep", False)
+        return self._outputs()
+
+    def resume(self) -> None:
+        if self._own_process:
+            self._engine.engine_core.call_utility("resume_scheduler")
+
+    def replace(self, snapshot: PolicySnapshot) -> None:
+        """Other weights, compared with what the kernels use afterwards. Raises `WeightSyncError`."""
+        digests = {spec.name: spec.digest for spec in snapshot.manifest}
+        if self._shares_memory:
+            answers = self._call("shoal_replace", dict(snapshot.tensors), digests)
+        elif os.path.exists(snapshot.path):
+            answers = self._call("shoal_replace", snapshot.path, digests)
+        else:
+            with memory_file(snapshot.tensors) as path:
+                answers = self._call("shoal_replace", path, digests)
+        if wrong := [answer for answer in answers if answer]:
+            raise WeightSyncError(f"version {snapshot.version}: {wrong[0]}")
+
+    def recompute(self) -> None:
+        """Compute running requests again from their first token. Raises `EngineError` where states are left over."""
+        if not self._engine.reset_prefix_cache(reset_running_requests=True):
+            raise EngineError("vLLM kept states of the old weights")
+
+
+@contextlib.contextmanager
+def memory_file(tensors: Mapping[str, np.ndarray]) -> Iterator[str]:
+    """Path of a safetensors file in memory that other processes of this user can map; gone with this process."""
+    descriptor = os.memfd_create("shoal-weights")
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(save(in_order(tensors)))
+        yield f"/proc/{os.getpid()}/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
+
+
+def _tell_of_death(client: Any) -> None:
+    """Wake whoever waits for a core whose process is gone: vLLM's own client notices, and leaves them waiting."""
+    multiprocessing.connection.wait([process.sentinel for process in client.resources.engine_manager.processes])
+    client.resources.engine_dead = True  # later calls are refused by vLLM itself
+    error = EngineError("the process of vLLM's core ended")
+    client.outputs_queue.put_nowait(error)
+    for answer in list(client.utility_results.values()):
+        with contextlib.suppress(Exception):  # it was answered just now
+            answer.set_exception(error)

@@ -1,0 +1,104 @@
+"""What runs where vLLM's model lives: in the rollout worker's process, or in processes of its own.
+
+vLLM makes its worker class inherit from `WorkerExtension` (`worker_extension_cls`), by name, so nothing has to be
+pickled but arguments and answers. Both are plain text and bytes: vLLM's messages between processes hold no more.
+"""
+
+import functools
+import logging
+import os
+import signal
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+
+from policy.vllm_routes import RouteCapture
+from policy.vllm_weights import Shard, load, verify
+from policy.weight_store import WeightSyncError, tensor_digest
+
+log = logging.getLogger(__name__)
+
+
+class WorkerExtension:
+    """Methods of vLLM's worker, called by `LLMEngine.collective_rpc("shoal_...")`. A name of vLLM's own would clash."""
+
+    model_runner: Any
+    rank: int
+    _shoal_capture: RouteCapture | None = None
+
+    def shoal_prepare(self, max_model_tokens: int, routes: bool, threads: int, owner_pid: int, pipe: str) -> None:
+        """Once, before anything is sampled. `owner_pid`: the process that started all this; `pipe`: it holds it open,
+        "" = it is this process."""
+        if next(iter(self.model_runner.get_model().parameters())).device.type == "cpu":
+            _mend_prefill_of_one_token()
+        if routes:
+            self._shoal_capture = RouteCapture(self.model_runner, max_model_tokens)
+        if pipe:
+            torch.set_num_threads(threads)
+            between = 0 if os.getppid() == owner_pid else os.getppid()
+            threading.Thread(target=_end_with, args=(pipe, between), name="owner-watch", daemon=True).start()
+
+    def shoal_replace(self, source: str | Mapping[str, np.ndarray], digests: Mapping[str, str]) -> str:
+        """Load weights in place and compare what the kernels use with them; what is wrong, "" if nothing is.
+
+        `source`: the tensors, or a safetensors file with them, of which each is compared with `digests` first.
+        """
+        try:
+            tensors = load_file(source) if isinstance(source, str) else source
+            if isinstance(source, str):
+                _compare(tensors, digests)
+            model = self.model_runner.get_model()
+            with torch.no_grad():
+                load(self.model_runner, tensors)
+                verify(model, tensors, Shard.of(model, self.model_runner.vllm_config.parallel_config, self.rank))
+        except WeightSyncError as error:
+            return str(error)
+        except Exception as error:  # vLLM's loader raises what it likes; a model half loaded must not serve
+            log.exception("weights could not be loaded")
+            return f"vLLM could not load it: {error!r}"
+        return ""
+
+    def shoal_routes(self, request_ids: Sequence[str]) -> dict[str, tuple[tuple[int, ...], bytes]]:
+        """Request id -> (shape, int16 bytes) of `RouteCapture.take`."""
+        found = self._shoal_capture.take(request_ids) if self._shoal_capture else {}
+        return {name: (array.shape, array.tobytes()) for name, array in found.items()}
+
+
+def _compare(tensors: Mapping[str, np.ndarray], digests: Mapping[str, str]) -> None:
+    if strays := sorted(tensors.keys() ^ digests.keys()):
+        raise WeightSyncError(f"tensor {strays[0]!r} is not in both the file and the manifest")
+    for name, array in tensors.items():
+        if tensor_digest(array) != digests[name]:
+            raise WeightSyncError(f"{name!r}, as read from the file, does not match its digest")
+
+
+def _end_with(pipe: str, between: int) -> None:
+    """End when nobody holds `pipe` open any more, and the core between that process and this one with it: vLLM's own
+    core outlives a parent that was killed, and nobody else would ever end it."""
+    with Path(pipe).open("rb") as file:
+        file.read()
+    if between and os.getppid() == between:
+        os.kill(between, signal.SIGKILL)
+    os._exit(1)
+
+
+def _mend_prefill_of_one_token() -> None:
+    """vLLM 0.32's CPU convolution asks for a transposed input, and tells it by a stride that says nothing when all that
+    is prefilled in a step is one token: the engine dies. The same numbers with the stride it expects are all it needs.
+    """
+    from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention  # pyright: ignore[reportMissingImports]
+
+    inner = gdn_attention._causal_conv1d_fwd_cpu
+    if hasattr(inner, "__wrapped__"):
+        return
+
+    @functools.wraps(inner)
+    def transposed(*, x: torch.Tensor, **others: Any) -> torch.Tensor:
+        return inner(x=x.as_strided(x.shape, (1, x.shape[0])) if x.shape[1] == 1 else x, **others)
+
+    gdn_attention._causal_conv1d_fwd_cpu = transposed

@@ -1,0 +1,146 @@
+"""vLLM with its core in a process of its own, and with two ranks: what the contract suite cannot ask every engine."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from benchmarks.vllm_kills import core_of
+from policy.engine import EngineClosed, EngineError
+from policy.vllm_core import memory_file
+from policy.vllm_packages import vllm_build
+from policy.vllm_weights import Shard
+from policy.vllm_worker import WorkerExtension
+from policy.weight_store import PolicySnapshot
+from tests.engine_cases import MAX_TOKENS, VLLM
+from tests.test_policy_engine_contract import (
+    ask,
+    assert_close,
+    in_loop,
+    learner_logprobs,
+    random_prompt,
+    serving,
+    until,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.timeout(280)
+needs = pytest.mark.skipif(vllm_build() is None, reason="needs the vLLM extra")
+
+
+@pytest.mark.vllm
+@needs
+@in_loop
+async def test_a_core_of_its_own_swaps_under_a_request_keeps_routes_and_its_end_is_an_engine_error() -> None:
+    case = VLLM["vllm-core-moe"]
+    async with serving(case) as engine:
+        request = ask(random_prompt(9), max_tokens=MAX_TOKENS)
+        running = asyncio.create_task(engine.generate(request))
+        await until(lambda: engine.stats().sampled_tokens >= 5)
+        await engine.load_weights(case.snapshot(2, seed=1))
+        completion = await running
+        versions = completion.policy_versions
+        assert (versions[0], versions[-1], (np.diff(versions) != 0).sum()) == (1, 2, 1)
+        for version, seed in ((1, 0), (2, 1)):
+            named = versions == version
+            expected = learner_logprobs(case, seed, request, completion)
+            assert_close(case, completion.logprobs[named], expected[named], f"version {version}")
+        assert completion.routed_experts is not None and completion.prompt_routes is not None
+        assert (completion.routed_experts[:-1] >= 0).all() and (completion.prompt_routes >= 0).all()
+
+        assert not engine.died
+        busy = [asyncio.create_task(engine.generate(ask([i], max_tokens=MAX_TOKENS))) for i in range(6)]
+        await until(lambda: engine.stats().running > 0)
+        os.kill(core_of(os.getpid()), signal.SIGKILL)
+        outcomes = await asyncio.wait_for(asyncio.gather(*busy, return_exceptions=True), 30)
+        assert {type(outcome) for outcome in outcomes} == {EngineClosed}
+        with pytest.raises(EngineError):
+            await engine.load_weights(case.snapshot(3))
+        assert engine.died
+
+
+@pytest.mark.vllm
+@needs
+@pytest.mark.slow
+@in_loop
+async def test_two_ranks_hold_their_halves_of_each_update_and_answer_as_the_learner_does() -> None:
+    case = VLLM["vllm-two-ranks"]
+    async with serving(case) as engine:
+        for version in range(2, 5):
+            await engine.load_weights(case.snapshot(version, seed=version % 3))  # each compared by both ranks
+        request = ask(random_prompt(20), max_tokens=40)
+        completion = await engine.generate(request)
+        assert set(completion.policy_versions) == {4}
+        assert_close(case, completion.logprobs, learner_logprobs(case, 1, request, completion))
+        assert completion.routed_experts is not None and (completion.routed_experts[:-1] >= 0).all()
+
+
+HOLDS_A_CORE = """
+import asyncio, os, time
+from benchmarks.vllm_kills import core_of
+from tests.engine_cases import VLLM
+
+async def main():
+    case = VLLM["vllm-core"]
+    engine = case.make()
+    await engine.load_weights(case.snapshot(1))
+    print(core_of(os.getpid()), flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@needs
+def test_a_core_ends_with_the_process_that_started_it_even_if_that_is_killed(tmp_path: Path) -> None:
+    program = tmp_path / "holds_a_core.py"
+    program.write_text(HOLDS_A_CORE)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, text=True, env=environment) as owner:
+        assert owner.stdout is not None
+        core = int(owner.stdout.readline())
+        assert Path(f"/proc/{core}").exists()
+        owner.kill()
+        owner.wait()
+        until = time.monotonic() + 20
+        while Path(f"/proc/{core}").exists() and time.monotonic() < until:
+            time.sleep(0.1)
+    assert not Path(f"/proc/{core}").exists()
+
+
+def test_a_shard_takes_its_share_of_each_section_and_all_shards_together_are_the_tensor() -> None:
+    halves = [Shard(rank=rank, size=2, linear_keys=2, linear_values=4, kv_heads=1, vocab_size=100) for rank in (0, 1)]
+    rows = torch.arange(8)[:, None]
+
+    def of(name: str, tensor: torch.Tensor) -> list[list[int]]:
+        return [half.part(name, tensor).flatten().tolist() for half in halves]
+
+    assert of("x.in_proj_qkv.weight", rows) == [[0, 2, 4, 5], [1, 3, 6, 7]]  # of queries, keys and values
+    assert of("x.q_proj.weight", rows) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert of("x.k_proj.weight", rows[:2]) == [[0, 1], [0, 1]]  # one head, held twice
+    assert of("x.o_proj.weight", rows.T) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert of("x.experts.gate_up_proj", rows[None]) == [[0, 1, 4, 5], [2, 3, 6, 7]]  # of gate and up
+    assert of("x.experts.down_proj", rows.T[None]) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert of("x.input_layernorm.weight", rows) == [list(range(8))] * 2
+    assert [len(each) for each in of("model.embed_tokens.weight", torch.arange(100)[:, None])] == [64, 36]  # of 128
+
+
+def test_tensors_pass_through_a_file_in_memory_as_they_are_and_another_digest_is_refused() -> None:
+    snapshot = PolicySnapshot.create(1, {"a": np.arange(6, dtype=np.float32).reshape(2, 3).T})
+    with memory_file(snapshot.tensors) as path:
+        read = load_file(path)
+    assert np.array_equal(read["a"], snapshot.tensors["a"])
+    with memory_file({"a": snapshot.tensors["a"] + 1}) as path:
+        answer = WorkerExtension().shoal_replace(path, {"a": snapshot.manifest[0].digest})
+    assert answer == "'a', as read from the file, does not match its digest"

@@ -1,0 +1,116 @@
+"""Trainings that a program outside leads through the endpoint: the openai client of tests/calculator_agent.py."""
+
+import json
+import subprocess
+import sys
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+
+from conf.loading import load_config
+from conf.schema import TrainConfig
+from envs.outcome import EnvHost
+from policy.engine import Completion, GenerationRequest
+from policy.hf_model import load_policy_model
+from policy.local_engine import LocalEngine
+from rl.run_folder import RunFolder
+from rollout.agent_process import AgentCrew
+from rollout.recorder import TrajectoryReader
+from rollout.renderer import make_renderer
+from rollout.trajectory import Trajectory
+from rollout.worker import RolloutWorker
+from tests.training import SMALL, train_in_process
+
+ROOT = Path(__file__).resolve().parent.parent
+AGENT = f"{sys.executable} {ROOT / 'tests' / 'calculator_agent.py'}"
+DIES_ONCE = """
+import os, pathlib, sys, httpx
+mark = pathlib.Path(sys.argv[1])
+if not mark.exists():  # takes a session, and dies with it
+    mark.touch()
+    key = {"authorization": "Bearer " + os.environ["OPENAI_API_KEY"]}
+    assert httpx.post(os.environ["SHOAL_URL"] + "/v1/sessions", headers=key, timeout=60).json()["session_id"]
+    os._exit(3)
+os.execv(sys.executable, [sys.executable, sys.argv[2]])
+"""
+
+
+class Heard(LocalEngine):
+    """Keeps all that it answered."""
+
+    completions: list[Completion]
+
+    async def generate(self, request: GenerationRequest) -> Completion:
+        self.completions.append(await super().generate(request))
+        return self.completions[-1]
+
+
+def train_with(config: TrainConfig) -> tuple[list[Trajectory], list[Completion]]:
+    """The trained trajectories of a run in this process, and all that its engine sampled."""
+    heard: list[Completion] = []
+
+    def build(config: TrainConfig, name: str, host: EnvHost) -> RolloutWorker:
+        engine = Heard(load_policy_model(config.policy, seed=config.seed), config.engine)
+        engine.completions = heard
+        return RolloutWorker(
+            name,
+            engine=engine,
+            renderer=make_renderer(config.policy),
+            host=host,
+            config=config.rollout,
+            seed=config.seed,
+            agents=AgentCrew(config.agent.command, processes=config.agent.processes),
+        )
+
+    finished = train_in_process(config, build=build)
+    with TrajectoryReader(finished.folder.trajectories) as reader:
+        groups = reader.groups("consumed")
+    return [trajectory for group in groups for trajectory in group.trajectories], heard
+
+
+def sampled_turns(trajectory: Trajectory) -> list[tuple[int, ...]]:
+    """Token ids of each stretch that the loss mask names."""
+    pairs = zip(trajectory.loss_mask.tolist(), trajectory.token_ids.tolist(), strict=True)
+    return [tuple(token for _, token in run) for mask, run in groupby(pairs, key=lambda pair: pair[0]) if mask]
+
+
+def calculator(tmp_path: Path, command: str, *words: str) -> TrainConfig:
+    """From the shipped warm start, whose calls can be read; eight episodes a step."""
+    small = [word for word in SMALL if not word.startswith("policy.")]
+    return load_config([*small, "env=calculator", f"agent.command='{command}'", f"run.root={tmp_path}", *words])
+
+
+def test_every_token_that_an_agents_run_trains_on_is_one_that_the_engine_sampled(tmp_path: Path) -> None:
+    trajectories, heard = train_with(calculator(tmp_path, AGENT, "steps=2"))
+    assert len(trajectories) == 2 * 2 * 4
+    answered = {tuple(completion.token_ids.tolist()) for completion in heard}
+    turns = [turn for trajectory in trajectories for turn in sampled_turns(trajectory)]
+    assert len(turns) > len(trajectories) and set(turns) <= answered
+
+
+def test_an_agent_program_that_died_is_started_again_and_its_session_is_played_again(tmp_path: Path) -> None:
+    program, mark = tmp_path / "dies_once.py", tmp_path / "mark"
+    program.write_text(DIES_ONCE)
+    command = f"{sys.executable} {program} {mark} {ROOT / 'tests' / 'calculator_agent.py'}"
+    trajectories, _ = train_with(calculator(tmp_path, command, "steps=1"))
+    assert mark.exists()
+    assert len(trajectories) == 8 and not any(trajectory.stop_reason.is_error for trajectory in trajectories)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_program_outside_trained_on_ray_gains_held_out_success(tmp_path: Path) -> None:
+    words = (
+        "env=calculator", f"agent.command='{AGENT}'", "seed=1", "steps=20", "rollout.groups_per_step=8",
+        "rollout.group_size=8", "learner.optimizer.warmup_steps=3", "evaluation.every=0", "evaluation.final_tasks=200",
+        "monitor.wandb=disabled", f"run.root={tmp_path}",
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "rl.cli", "train", *words], cwd=ROOT, capture_output=True, text=True, timeout=880
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    summary = json.loads(RunFolder.resolve(tmp_path, "latest").summary.read_text())
+    print({name: summary[name] for name in ("success_before", "success_after", "ci95", "train_seconds")})
+    assert summary["success_after"] - summary["success_before"] >= 0.15
