@@ -69,7 +69,7 @@ $(VENV)/.installed-vllm: $(VENV)/.installed
 
 demo: setup $(if $(filter vllm,$(ENGINE)),$(VENV)/.installed-vllm)
 	@SHOAL_SETUP_SECONDS=$$(( $$(date +%s) - $(STARTED) )) $(BIN)/shoal train env=calculator seed=$(SEED) \
-	  $(if $(filter-out local,$(ENGINE)),engine=$(ENGINE)) $(ARGS)
+	  learner.optimizer.schedule=cosine $(if $(filter-out local,$(ENGINE)),engine=$(ENGINE)) $(ARGS)
 	@echo
 	@echo "where to look next:"
 	@echo "  runs/latest/summary.json              the numbers"
