@@ -102,6 +102,13 @@ def _fill_ledger(path: Path, fields: set[str]) -> None:
                 values["reason"] = all_marked("groups.reason")
             columns = ", ".join(values)
             db.execute(f"INSERT INTO groups ({columns}) VALUES ({', '.join('?' for _ in values)})", [*values.values()])
+        texts = _text_columns(db, "events")
+        db.execute("DELETE FROM events")
+        for k, attack in enumerate(ATTACKS, start=1):
+            values = {name: _attacked(f"events.{name}", "", attack, fields) for name in texts}
+            values |= {"ordinal": k, "unix_s": (0.0, 1e300, attack)[k % 3]}
+            columns = ", ".join(values)
+            db.execute(f"INSERT INTO events ({columns}) VALUES ({', '.join('?' for _ in values)})", [*values.values()])
 
 
 def _fill_lines(path: Path, fields: set[str]) -> None:

@@ -164,6 +164,34 @@ def test_the_ledger_of_one_group_is_found_whatever_its_age(root: Path) -> None:
     assert [(row["group_id"], row["state"], row["step"]) for row in rows] == [("train/calc/0", "consumed", 2)]
 
 
+def test_the_lineage_of_a_group_is_its_events_and_that_of_an_old_ledger_says_less(root: Path, tmp_path: Path) -> None:
+    told = _client(root)(f"/api/runs/{RUN}/lineage", group="train/calc/0").json()
+    assert [(e["event"], e["attempt"], e["worker"], e["step"]) for e in told["events"]] == [
+        ("issued", None, None, None),
+        ("leased", 1, "worker-0", None),
+        ("committed", 1, "worker-0", None),
+        ("consumed", 1, "worker-0", 2),
+    ]
+    assert told["story"].startswith("issued → leased to worker-0 (") and told["group"]["step"] == 2
+    newest = _client(root)(f"/api/runs/{RUN}/lineage", limit=3).json()
+    assert [(e["group_id"], e["event"]) for e in newest["events"]] == [
+        ("train/calc/0", "consumed"),
+        ("train/calc/1", "committed"),
+        ("train/calc/1", "leased"),
+    ]
+    assert newest["next"] == newest["events"][-1]["number"]
+    assert _client(root)(f"/api/runs/{RUN}/lineage", group="no such").status_code == 404
+    folder = make_run(tmp_path)
+    with sqlite3.connect(folder / "ledger.sqlite") as db:
+        db.execute("DELETE FROM events WHERE event = 'issued'")
+    ask = _client(tmp_path)
+    assert ask(f"/api/runs/{RUN}/lineage", group="train/calc/0").json()["story"] == ""
+    with sqlite3.connect(folder / "ledger.sqlite") as db:
+        db.execute("DROP TABLE events")
+    assert ask(f"/api/runs/{RUN}/lineage", group="train/calc/0").json()["events"] == []
+    assert ask(f"/api/runs/{RUN}/lineage").json() == {"events": [], "next": None}
+
+
 def test_histograms_are_of_the_rows_that_the_step_trained(root: Path) -> None:
     answer = _client(root)(f"/api/runs/{RUN}/histograms").json()
     assert (answer["step"], answer["n"]) == (2, 2)

@@ -8,13 +8,13 @@ import sqlite3
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from rl.notes import Notes, write_notes
 from rl.run_folder import RunFolder
+from rollout.lineage import read_lineage, story
 from tests.dashboard_runs import RUN, XSS, make_run, metric_rows, start_server, until
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
@@ -133,10 +133,8 @@ def _read_one_episode(page, folder: Path, db: sqlite3.Connection, visit: Callabl
     assert "<script>" in text
     shown = visit(f"trajectory/{row}")
     assert text in shown  # hostile text, as text
-    with closing(sqlite3.connect(folder / "ledger.sqlite")) as ledger:
-        sql = "SELECT attempt, step FROM groups WHERE state = 'consumed' AND group_id = ?"
-        attempt, step = ledger.execute(sql, (group,)).fetchone()
-    assert f"lineage of its group\tissued → leased {attempt}x → committed → consumed at step {step}\n" in shown
+    told = story(read_lineage(folder / "ledger.sqlite", group))
+    assert f"lineage of its group\t{told}\n" in shown and told.startswith("issued → leased to worker-0")
     assert page.locator("#view script, #view img[src=x]").count() == 0
 
     visit(f"tokens/{row}")

@@ -37,6 +37,8 @@ SHOWN = {
     "timeline": {"span.process", "span.activity"},
     "workers": {"span.process", "span.activity", "event.worker", "event.kind", "event.error", "trajectories.worker"},
     "ledger": {"groups.group_id", "groups.state", "groups.reason", "groups.worker", "groups.last_cause"},
+    "lineage": {"groups.group_id", "groups.state", "groups.reason", "events.event", "events.worker", "events.cause",
+                "trajectories.status", "trajectories.cause", "trajectories.stop_reason", "trajectories.worker"},
     "config": {"config.key", "config.value", "manifest.key", "manifest.value"},
     "logs": {"log.name", "log.text"},
     "events": {"event.kind", "event.worker", "event.error", "event.key", "event.more.deep", "alert.rule", "alert.level",
@@ -82,6 +84,7 @@ def _deep_links() -> list[tuple[str, str]]:
         )
         found += [("trajectory", f"run/{RUN}/trajectory/{2 * k + 1}"), ("tokens", f"run/{RUN}/tokens/{2 * k + 1}")]
         found += [("runs", f"?key={metric}&runs={RUN}"), ("ledger", f"run/{RUN}/ledger?group={group}")]
+        found += [("lineage", f"run/{RUN}/lineage/{group}?row={2 * k + 1}")]
         found += [("trajectories", f"run/{RUN}/trajectories?group={group}&text={quote(attack, safe='')}")]
         found += [("logs", f"run/{RUN}/logs?name={quote(file_name('log.name', attack), safe='')}.log")]
         found += [("none", f"run/{quote(file_name('folder', attack), safe='')}/overview")]

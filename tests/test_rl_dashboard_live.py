@@ -177,6 +177,7 @@ def _check_tables(page: Any, visit: Callable[..., str], folder: Path, db: sqlite
     assert int(page.inner_text("[data-audit=issued] b")) == sum(states.values())
     assert int(page.inner_text("[data-audit=consumed] b")) == states["consumed"]
 
+    _check_lineage(page, visit, folder, db)
     text = visit("config")
     config = yaml.safe_load((folder / "config.yaml").read_text())
     row = page.locator("#view tbody tr", has_text="rollout.max_staleness").first.locator("td").all_inner_texts()
@@ -188,6 +189,31 @@ def _check_tables(page: Any, visit: Callable[..., str], folder: Path, db: sqlite
 
     visit("events")
     assert page.locator("#view tbody tr").count() == len(_lines(folder / "events.jsonl"))
+
+
+def _check_lineage(page: Any, visit: Callable[..., str], folder: Path, db: sqlite3.Connection) -> None:
+    """Of a trajectory that was trained, from its own page; every time is worked out from the ledger's rows."""
+    sql = "SELECT row, group_id, group_attempt, step FROM trajectories WHERE status = 'consumed' ORDER BY row DESC"
+    row, group, attempt, step = db.execute(sql).fetchone()
+    with sqlite3.connect(folder / "ledger.sqlite") as ledger:
+        sql = (
+            "SELECT e.number, e.event, e.unix_s, e.attempt FROM events e JOIN groups USING (ordinal) WHERE group_id = ?"
+        )
+        events = ledger.execute(f"{sql} ORDER BY number", (group,)).fetchall()
+        newest = ledger.execute("SELECT number FROM events ORDER BY number DESC LIMIT 100").fetchall()
+    visit(f"trajectory/{row}")
+    page.click("#view a:text-is('lineage')")
+    until(page, "document.getElementById('view').dataset.ready === location.hash && location.hash.includes('lineage')")
+    _picture(page, folder.parent, "lineage")
+    cells = [line.locator("td").all_inner_texts() for line in page.locator("[data-event]").all()]
+    assert [(c[0], float(c[2])) for c in cells] == [(e[1], _digits(e[2] - events[0][2], 4)) for e in events]
+    assert [c[0] for c in cells] == ["issued", "leased", "committed", "consumed"]
+    assert f"consumed at step {step}" in page.inner_text("#story")
+    marked = page.locator("tr.different[data-event]").count()
+    assert marked == sum(e[3] == attempt for e in events) > 0
+    visit("lineage")
+    shown = [int(line.get_attribute("data-event")) for line in page.locator("[data-event]").all()]
+    assert shown == [number for (number,) in newest]
 
 
 def _picture(page: Any, folder: Path, name: str) -> None:

@@ -145,6 +145,13 @@ class Dashboard:
         except LedgerError as error:
             raise Refused(str(error)) from error
 
+    def lineage(self, folder: RunFolder, query: Mapping[str, str]) -> dict[str, Any]:
+        before, limit = _whole(query, "before", 0, 0, 2**62), _whole(query, "limit", 100, 1, database.MAX_ROWS)
+        with database.reading(confined(folder, folder.ledger)) as db:
+            if "group" in query:
+                return database.lineage_of_group(db, query["group"])
+            return database.newest_lineage(db, before=before, limit=limit)
+
     def config(self, folder: RunFolder, _: Mapping[str, str]) -> dict[str, Any]:
         values = _flat(_yaml(read_text(folder, folder.config, MAX_FILE_BYTES)))
         return {"config": values, "manifest": _mapping(read_text(folder, folder.manifest, MAX_FILE_BYTES))}
@@ -186,6 +193,7 @@ def make_app(root: Path, access: Access, stop: Stop | None = None) -> Guard:
         "tokens",
         "workers",
         "ledger",
+        "lineage",
         "config",
         "logs",
         "events",

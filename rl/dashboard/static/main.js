@@ -8,9 +8,10 @@ import { overviewView } from "./overview.js";
 import { trajectoriesView } from "./trajectories.js";
 import { trajectoryView } from "./trajectory.js";
 import { tokensView } from "./tokens.js";
+import { lineageView } from "./lineage.js";
 import { configView, eventsView, ledgerView, logsView, timelineView, workersView } from "./tables.js";
 
-const VIEWS = { overview: overviewView, trajectories: trajectoriesView, timeline: timelineView, workers: workersView,
+const VIEWS = { overview: overviewView, trajectories: trajectoriesView, lineage: lineageView, timeline: timelineView, workers: workersView,
   ledger: ledgerView, config: configView, logs: logsView, events: eventsView };
 const DETAILS = { trajectory: trajectoryView, tokens: tokensView };
 let current = null;
@@ -34,7 +35,7 @@ async function show() {
     fill(view, el("p", { class: "dim" }, "loading"));
     if (parts[0] !== "run" || !run) await runsView(view, query, signal);
     else if (DETAILS[name]) await DETAILS[name](view, run, key, query, signal);
-    else if (VIEWS[name]) await VIEWS[name](view, run, query, signal);
+    else if (VIEWS[name]) await VIEWS[name](view, run, query, signal, key);
     else throw new Error(`there is no view ${name}`);
     if (!signal.aborted) view.setAttribute("data-ready", location.hash || "#/");
   } catch (error) {

@@ -3,6 +3,7 @@
 import { address, ask, follow } from "./api.js";
 import { drawTimeline } from "./charts.js";
 import { el, fill, hash, link, num, select, table, text } from "./dom.js";
+import { short } from "./lineage.js";
 
 export async function workersView(view, run, query, signal) {
   const { workers, episodes_of: recent } = await ask(["runs", run, "workers"], {}, signal);
@@ -26,19 +27,8 @@ export async function ledgerView(view, run, query, signal) {
     siblings ? el("p", {}, link(["run", run, "trajectories"], { group: query.group }, `${siblings.rows.length} trajectories of ${query.group}`)) : null,
     el("div", { class: "bar" }, select([["", "any state"], ...states.map((s) => [s, s])], query.state || "", (state) => { location.hash = hash(["run", run, "ledger"], { state }); })),
     table([["#", (g) => g.ordinal, true], ["group", (g) => link(["run", run, "trajectories"], { group: g.group_id }, g.group_id)], ["state", (g) => g.state],
-      ["lineage", lineage], ["worker", (g) => text(g.worker)], ["last trouble", (g) => text(g.last_cause)]], rows),
+      ["lineage", (g) => link(["run", run, "lineage", g.group_id], {}, short(g))], ["worker", (g) => text(g.worker)], ["last trouble", (g) => text(g.last_cause)]], rows),
     el("p", {}, next ? link(["run", run, "ledger"], { state: query.state, before: next }, "older") : "no more"));
-}
-
-export function lineage(group) {
-  const story = ["issued"];
-  if (group.attempt) story.push(`leased ${group.attempt}x`);
-  if (group.redispatched) story.push(`given out again ${group.redispatched}x`);
-  if (group.refused_commits) story.push(`${group.refused_commits} late answers refused`);
-  if (group.state === "committed") story.push("committed, waits for the learner");
-  if (group.state === "consumed") story.push("committed", `consumed at step ${group.step}`);
-  if (group.state === "dropped") story.push(`dropped: ${group.reason}`);
-  return story.join(" → ");
 }
 
 export async function configView(view, run, query, signal) {

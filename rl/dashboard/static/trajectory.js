@@ -2,7 +2,7 @@
 
 import { address, ask } from "./api.js";
 import { el, fill, link, num, table, text } from "./dom.js";
-import { lineage } from "./tables.js";
+import { short } from "./lineage.js";
 
 export async function trajectoryView(view, run, key, query, signal) {
   const t = await ask(["runs", run, "trajectory"], { row: key }, signal);
@@ -15,7 +15,7 @@ export async function trajectoryView(view, run, key, query, signal) {
     ["tokens", `${t.num_tokens}, sampled ${t.num_sampled_tokens}`], ["time", `${num(t.seconds, 3)} s, of it environment ${num(t.env_seconds, 3)} s`],
     ["worker", t.worker], ["engine", t.engine], ["lineage of its group", story], ["attempt", `${t.attempt}, of the group ${t.group_attempt}`]];
   fill(view, el("h1", {}, t.id),
-    el("p", {}, link(["run", run, "tokens", key], {}, "tokens"), " · ", link(["run", run, "ledger"], { group: t.group_id }, "ledger"),
+    el("p", {}, link(["run", run, "tokens", key], {}, "tokens"), " · ", link(["run", run, "lineage", t.group_id], { row: key }, "lineage"), " · ", link(["run", run, "ledger"], { group: t.group_id }, "ledger"),
       " · ", el("code", {}, `shoal show ${run} --traj ${key}`)),
     table([["", (fact) => fact[0]], ["", (fact) => fact[1]]], facts),
     t.error ? el("div", {}, el("h2", {}, "Error"), el("pre", { class: "bad" }, text(t.error))) : null,
@@ -35,7 +35,8 @@ export async function trajectoryView(view, run, key, query, signal) {
 
 async function storyOf(run, group, signal) {
   try {
-    return (await ask(["runs", run, "ledger"], { group }, signal)).rows.map(lineage).join();
+    const told = await ask(["runs", run, "lineage"], { group }, signal);
+    return told.story || short(told.group);
   } catch (error) {
     if (signal.aborted) throw error;
     return String(error.message); // episodes that were only served have no ledger
