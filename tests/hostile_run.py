@@ -54,7 +54,9 @@ def make_hostile_run(root: Path) -> tuple[Path, set[str]]:
     (path / "notes.json").write_text(json.dumps({"note": all_marked("notes.note"), "tags": list(ATTACKS)}))
     config = {marked("config.key", a): marked("config.value", a) for a in ATTACKS}
     (path / "config.yaml").write_text(yaml.safe_dump({"policy": {"dialect": "tiny"}, "env": config}))
-    manifest = {marked("manifest.key", a): [marked("manifest.value", a)] for a in ATTACKS}
+    manifest: dict[str, Any] = {marked("manifest.key", a): [marked("manifest.value", a)] for a in ATTACKS}
+    swept = {marked("sweep.key", a): marked("sweep.value", a) for a in ATTACKS}
+    manifest["sweep"] = {"id": all_marked("sweep.id"), "number": 1, "of": 1, "settings": swept}
     (path / "manifest.json").write_text(json.dumps(manifest))
     for attack in ATTACKS:
         (path / "logs" / f"{file_name('log.name', attack)}.log").write_text(all_marked("log.text"))
@@ -62,6 +64,7 @@ def make_hostile_run(root: Path) -> tuple[Path, set[str]]:
         folder.mkdir()
         (folder / "run.json").write_text(json.dumps(state | {"status": attack}))  # no status: the fault names it
     fields |= {*(f"run.{name}" for name in once), "summary.env", "config.key", "config.value", "manifest.key"}
+    fields |= {"sweep.id", "sweep.key", "sweep.value"}
     return path, fields | {"notes.note", "manifest.value", "log.name", "log.text", "folder"}
 
 

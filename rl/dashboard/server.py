@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from rl.dashboard import database, overview, processes
+from rl.dashboard import database, overview, processes, sweeps
 from rl.dashboard.folders import NotThere, Refused, config_group, confined, find_run, read_text
 from rl.dashboard.metrics import AXES, MetricTables
 from rl.dashboard.security import Access, Guard
@@ -67,8 +67,17 @@ class Dashboard:
             said = read_notes(run.path)
             notes = {"note": said.note, "tags": said.tags}
             told = {"run": run.name, "fault": run.fault, "error": state.error if state else ""}
-            found.append({**told, **notes, **facts, **summary, "group": config_group(RunFolder(path=run.path))})
+            folder = RunFolder(path=run.path)
+            place = sweeps.place_in_sweep(folder)
+            of = {"group": config_group(folder), "sweep": place["id"] if place else ""}
+            found.append({**told, **notes, **facts, **summary, **of})
         return {"runs": found}
+
+    def sweep(self, query: Mapping[str, str]) -> dict[str, Any]:
+        """`id`: which one."""
+        name = query.get("id", "")
+        placed = ((run, sweeps.place_in_sweep(RunFolder(path=run.path))) for run in list_runs(self.root))
+        return sweeps.compare(name, [(run, place) for run, place in placed if place and place["id"] == name][:MAX_RUNS])
 
     def run(self, folder: RunFolder, _: Mapping[str, str]) -> dict[str, Any]:
         """State, result, newest step and evaluation; where its metrics.jsonl and events.jsonl were read to."""
@@ -203,6 +212,7 @@ def make_app(root: Path, access: Access, stop: Stop | None = None) -> Guard:
         Route("/static/{name}", send_static),
         Route("/charts.js", charts.send),
         Route("/api/runs", _answer(board, board.runs)),
+        Route("/api/sweep", _answer(board, board.sweep)),
         Route("/api/runs/{run}", _answer_of_run(board, board.run)),
         *(Route(f"/api/runs/{{run}}/{name}", _answer_of_run(board, getattr(board, name))) for name in of_run),
         Route("/api/runs/{run}/spans", _answer_of_run(board, board.spans)),

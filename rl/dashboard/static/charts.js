@@ -89,11 +89,27 @@ export function smooth(values, weight) {
   });
 }
 
-// Mean and range over lines at the x values that all of them have.
+// Mean and range over lines, at the x values of the longest within what all of them cover; between two points of a line
+// lies the straight line, for seeds agree in their steps but not in their tokens and seconds.
 export function meanBand(name, lines) {
-  const maps = lines.map((line) => new Map(line.x.map((x, i) => [x, line.y[i]])));
-  const x = lines[0].x.filter((at) => maps.every((map) => map.has(at) && map.get(at) !== null));
-  const columns = x.map((at) => maps.map((map) => map.get(at)));
+  const known = lines.map((line) => line.x.map((x, i) => [x, line.y[i]]).filter(([, y]) => y !== null));
+  if (known.some((points) => !points.length)) return { name, x: [], y: [], band: { low: [], high: [] } };
+  const start = Math.max(...known.map((points) => points[0][0]));
+  const end = Math.min(...known.map((points) => points[points.length - 1][0]));
+  const longest = known.reduce((a, b) => (b.length > a.length ? b : a));
+  const x = longest.map(([at]) => at).filter((at) => at >= start && at <= end);
+  const read = known.map(reader);
+  const columns = x.map((at) => read.map((value) => value(at)));
   const y = columns.map((column) => column.reduce((a, b) => a + b, 0) / column.length);
   return { name, x, y, band: { low: columns.map((c) => Math.min(...c)), high: columns.map((c) => Math.max(...c)) } };
+}
+
+// at -> y of sorted points, for growing `at`
+function reader(points) {
+  let i = 0;
+  return (at) => {
+    while (i < points.length - 1 && points[i + 1][0] <= at) i += 1;
+    const [[x, y], [x2, y2]] = [points[i], points[Math.min(i + 1, points.length - 1)]];
+    return x === at || x2 === x ? y : y + ((y2 - y) * (at - x)) / (x2 - x);
+  };
 }
