@@ -77,6 +77,10 @@ def _values(parser: ArgumentParser, done: Sequence[str], word: str) -> Iterable[
             yield from _runs(done)
         elif action.metavar == "ID":
             yield from _environments()
+        elif action.metavar == "PART":
+            from rl.export import PARTS
+
+            yield from PARTS
         elif action.dest == "overrides":
             yield from _settings(word)
         elif action.choices:
