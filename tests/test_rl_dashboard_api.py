@@ -8,6 +8,7 @@ import sqlite3
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,36 @@ def test_histograms_are_of_the_rows_that_the_step_trained(root: Path) -> None:
     assert _client(root)(f"/api/runs/{RUN}/histograms", step=9).json() == {
         "step": 9, "n": 0, "staleness": {}, "length": {}, "ratio": {}
     }  # fmt: skip
+
+
+def test_heat_maps_count_the_trained_rows_of_each_stretch_of_steps(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    with sqlite3.connect(folder / "trajectories.db") as db:
+        columns = [
+            row[1] for row in db.execute("PRAGMA table_info(trajectories)") if row[1] not in ("row", "step", "id")
+        ]
+        for step in range(3, 203):  # 200 more steps of one trajectory each, one token longer every step
+            picked = ", ".join("num_tokens + 1" if name == "num_tokens" else name for name in columns)
+            db.execute(
+                f"INSERT INTO trajectories (id, step, {', '.join(columns)}) SELECT 'more/{step}', {step}, {picked} "
+                "FROM trajectories WHERE row = (SELECT MAX(row) FROM trajectories WHERE status = 'consumed')"
+            )
+        rows = db.execute("SELECT step, min_version, num_tokens FROM trajectories WHERE status = 'consumed'").fetchall()
+    found = _client(tmp_path)(f"/api/runs/{RUN}/heatmaps").json()
+    steps = found["steps"]
+    assert len(steps) == 60 and steps[0][0] == 2 and steps[-1][1] == 202
+    assert all(before[1] + 1 == after[0] for before, after in pairwise(steps))
+    for name, value in (("staleness", lambda row: row[0] - 1 - row[1]), ("length", lambda row: row[2])):
+        edges = found[name]["edges"]
+        for (first, last), counts in zip(steps, found[name]["counts"], strict=True):
+            mine = [value(row) for row in rows if first <= row[0] <= last]
+            assert counts == np.histogram(mine, bins=edges)[0].tolist(), (name, first)
+    edges, counts = found["ratio"]["edges"], found["ratio"]["counts"]
+    assert edges[0] == pytest.approx(np.exp(-1)) and edges[-1] == pytest.approx(np.exp(1))
+    (place,) = [k for k in range(len(edges) - 1) if edges[k] <= np.exp(0.5) < edges[k + 1]]
+    assert all(column[place] == sum(column) > 0 for column in counts)  # three sampled tokens each, -0.5 against -1
+    (folder / "trajectories.db").unlink()
+    assert _client(tmp_path)(f"/api/runs/{RUN}/heatmaps").json() == {"steps": []}
 
 
 def test_the_chart_library_comes_compressed_and_is_not_sent_twice(root: Path) -> None:

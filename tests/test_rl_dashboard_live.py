@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -122,8 +123,27 @@ def _check_overview(page: Any, visit: Callable[..., str], folder: Path, db: sqli
         key = box.get_attribute("data-metric")
         assert float(box.locator("b").inner_text()) == _digits(newest[key], 3), key
     assert page.locator("[data-metric]").count() >= 8
+    _check_heat_maps(page, db)
     for status, count in db.execute("SELECT status, COUNT(*) FROM trajectories GROUP BY status"):
         assert f"{count} {status}" in text
+
+
+def _check_heat_maps(page: Any, db: sqlite3.Connection) -> None:
+    """Shares of staleness in each stretch of steps, and the step that a click on one of them brings."""
+    until(page, "document.querySelector('[data-heatmap=staleness]')?.data !== undefined")
+    x, y, z = page.evaluate(
+        "(() => { const { x, y, z } = document.querySelector('[data-heatmap=staleness]').data[0]; "
+        "return [[...x], [...y], z.map((row) => [...row])]; })()"
+    )
+    lags: dict[int, list[int]] = {}
+    sql = "SELECT step, step - 1 - min_version FROM trajectories WHERE status = 'consumed' AND min_version >= 0"
+    for step, lag in db.execute(sql):
+        lags.setdefault(step, []).append(lag)
+    for column, (start, end) in enumerate(pairwise(x)):
+        mine = [lag for step, found in lags.items() if start < step < end for lag in found]
+        for row, (low, high) in enumerate(pairwise(y)):
+            share = sum(low < lag < high for lag in mine) / max(len(mine), 1)
+            assert (z[row][column] or 0.0) == pytest.approx(share)
 
 
 def _check_trajectories(page: Any, address: str, visit: Callable[..., str], db: sqlite3.Connection) -> None:

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from rl.dashboard import database, overview, processes, sweeps
+from rl.dashboard import database, heat_maps, overview, processes, sweeps
 from rl.dashboard.folders import NotThere, Refused, config_group, confined, find_run, read_text
 from rl.dashboard.metrics import AXES, MetricTables
 from rl.dashboard.security import Access, Guard
@@ -103,6 +103,9 @@ class Dashboard:
     def histograms(self, folder: RunFolder, query: Mapping[str, str]) -> dict[str, Any]:
         step = _whole(query, "step", 0, 0, 2**62)
         return self._database(folder, lambda db: overview.histograms(db, step), {"step": 0, "n": 0})
+
+    def heatmaps(self, folder: RunFolder, _: Mapping[str, str]) -> dict[str, Any]:
+        return self._database(folder, heat_maps.heat_maps, {"steps": []})
 
     def series(self, folder: RunFolder, query: Mapping[str, str]) -> dict[str, Any]:
         keys = [key for key in query.get("keys", "").split(",") if key]
@@ -195,6 +198,7 @@ def make_app(root: Path, access: Access, stop: Stop | None = None) -> Guard:
     of_run = (
         "glance",
         "histograms",
+        "heatmaps",
         "series",
         "trajectories",
         "facets",

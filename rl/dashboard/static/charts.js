@@ -61,6 +61,25 @@ export async function drawHistograms(nodes, panels) {
   }));
 }
 
+// panels: [{name, edges, counts, log?}] over columns of steps; a cell's color is its share of its column. A click on a
+// column calls onstep with its last step.
+export async function drawHeatMaps(nodes, steps, panels, onstep) {
+  const plotly = await library();
+  await Promise.all(panels.map(async ({ name, edges, counts, log }, i) => {
+    if (!nodes[i].isConnected) return;
+    const totals = counts.map((column) => column.reduce((a, b) => a + b, 0) || 1);
+    const z = counts[0].map((_, bin) => counts.map((column, k) => (column[bin] ? column[bin] / totals[k] : null)));
+    const cells = { type: "heatmap", x: [...steps.map(([first]) => first - 0.5), steps[steps.length - 1][1] + 0.5], y: edges, z,
+      colorscale: [[0, "#e8f0f7"], [1, "#0b3d68"]], zmin: 0, zmax: 1, showscale: false,
+      hovertemplate: "step %{x}: %{z:.0%} at %{y}<extra></extra>" };
+    await plotly.react(nodes[i], [cells], layout(name, { log, xTitle: "step" }), options(name));
+    nodes[i].on("plotly_click", ({ points }) => {
+      const column = steps.find(([, last]) => points[0].x <= last + 0.5);
+      if (column) onstep(column[1]);
+    });
+  }));
+}
+
 export async function forget(nodes) {
   if (loading) nodes.forEach((node) => window.Plotly && window.Plotly.purge(node));
 }
