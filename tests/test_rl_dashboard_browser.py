@@ -82,6 +82,31 @@ def test_every_view_shows_what_the_rows_say_and_survives_a_killed_server(page, t
         db.close()
 
 
+@pytest.mark.slow
+def test_a_chart_is_sketched_from_its_rows_until_the_library_draws_it(page, tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    held: list = []
+    server, address = start_server(tmp_path)
+    page.route(f"{address}charts.js", lambda route: held.append(route))  # a library that takes its time
+    sketched = "document.querySelector(\"[data-keys^='reward/mean'] svg.sketch path.trace\")"
+    try:
+        page.goto(f"{address}#/run/{RUN}/overview", wait_until="commit")  # it is not loaded before its library is
+        until(page, f"{sketched} !== null")
+        places = re.findall(r"([\d.]+),([\d.]+)", page.evaluate(f"{sketched}.getAttribute('d')"))
+        rewards = [row["reward/mean"] for row in metric_rows(folder) if "reward/mean" in row]
+        assert len(places) == len(rewards) == 3
+        heights = [float(y) for _, y in places]
+        shares = [(heights[0] - y) / (heights[0] - heights[-1]) for y in heights]  # the first is the lowest
+        assert shares == pytest.approx([(r - rewards[0]) / (rewards[-1] - rewards[0]) for r in rewards], abs=0.01)
+        held[0].continue_()
+        until(page, "document.querySelector(\"[data-keys^='reward/mean'] .plot-container\") !== null")
+        until(page, "document.querySelector('.sketch') === null")
+        assert page.evaluate("[...document.querySelector(\"[data-keys^='reward/mean']\").data[0].y]") == rewards
+    finally:
+        server.kill()
+        server.wait(10)
+
+
 def _find_runs_by_their_notes(page, root: Path) -> None:
     """What shoal note wrote is shown, as text, and finds a run by tag and by words; the address keeps both."""
     write_notes(RunFolder.create(root, "calc", "tiny", name="noted").path, Notes(note=XSS, tags=("baseline", "old")))

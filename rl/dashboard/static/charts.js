@@ -1,7 +1,9 @@
 // Charts by plotly, whose JavaScript the server takes out of the installed Python package. index.html begins to load it
 // beside our own modules; whoever draws waits for it.
 
-const COLORS = ["#1f77b4", "#d95f02", "#2b9348", "#7b4fb5", "#c2185b", "#8c6d31", "#00838f", "#616161"];
+import { clearSketch } from "./sketch.js";
+
+export const COLORS = ["#1f77b4", "#d95f02", "#2b9348", "#7b4fb5", "#c2185b", "#8c6d31", "#00838f", "#616161"];
 let loading = null;
 
 export function library() {
@@ -22,6 +24,7 @@ const plain = (name) => String(name).replaceAll("<", "‹").replaceAll("&", "＆
 export async function drawLines(node, lines, { title = "", log = false, xTitle = "" } = {}) {
   const plotly = await library();
   if (!node.isConnected) return;
+  clearSketch(node);
   const traces = [];
   lines.forEach((line, i) => {
     const color = COLORS[i % COLORS.length];

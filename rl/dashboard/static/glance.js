@@ -19,8 +19,8 @@ export function alertsNode({ limit, sentence, active, alerts }) {
   return [line, lasting, el("details", { id: "alerts", open: active.length > 0 }, el("summary", {}, `${alerts.length} alerts, ${active.length} active`), rows)].flat();
 }
 
-// Drawn when it comes; the overview does not wait for it.
-export function histogramsNode(run, step, signal) {
+// Begun when the overview's own charts are `drawn`, so that the first of them does not wait.
+export function histogramsNode(run, step, signal, drawn) {
   const title = el("span", {});
   const grid = el("div", { class: "grid" });
   const draw = async (asked) => {
@@ -34,12 +34,12 @@ export function histogramsNode(run, step, signal) {
   };
   const later = (asked) => draw(asked).catch((error) => { if (!signal.aborted) fill(title, error.message); });
   const input = el("input", { size: 5, value: step, "aria-label": "step of the histograms", onchange: () => later(input.value) });
-  later(step);
-  return el("section", {}, el("h2", {}, "One step"), el("p", {}, title, "step ", input), grid, heatMapsNode(run, later, signal));
+  drawn.then(() => later(step));
+  return el("section", {}, el("h2", {}, "One step"), el("p", {}, title, "step ", input), grid, heatMapsNode(run, later, signal, drawn));
 }
 
 // The same three over all steps; a click on a column shows its last step above.
-function heatMapsNode(run, onstep, signal) {
+function heatMapsNode(run, onstep, signal, drawn) {
   const grid = el("div", { class: "grid" });
   const words = el("p", { class: "dim" });
   const draw = async () => {
@@ -52,6 +52,6 @@ function heatMapsNode(run, onstep, signal) {
     fill(grid, nodes);
     await drawHeatMaps(nodes, found.steps, shown.map(([name, title]) => ({ ...found[name], name: title, log: name === "ratio" })), onstep);
   };
-  draw().catch((error) => { if (!signal.aborted) fill(words, error.message); });
+  drawn.then(draw).catch((error) => { if (!signal.aborted) fill(words, error.message); });
   return el("div", {}, words, grid);
 }
