@@ -127,7 +127,8 @@ def test_every_other_view_answers_from_the_files(root: Path) -> None:
     assert [row["state"] for row in ledger["rows"]] == ["committed", "consumed"]
     workers = {w["process"]: w for w in ask(f"/api/runs/{RUN}/workers").json()["workers"]}
     assert workers["worker-0"]["tokens"] == 12 and workers["worker-0"]["tok_s"] == 12 / 6.0
-    assert workers["worker-0"]["error"] == XSS
+    assert workers["worker-0"]["error"] == XSS and workers["worker-0"]["state"] == "lost"
+    assert workers["learner"]["state"] is None
     assert ask(f"/api/runs/{RUN}/config").json()["config"]["learner.clip_low"] == 0.2
     assert XSS in ask(f"/api/runs/{RUN}/logs", name="worker-0.log").json()["text"]
     assert ask(f"/api/runs/{RUN}/events").json()["events"][0]["kind"] == "checkpoint"

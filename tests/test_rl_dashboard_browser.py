@@ -1,5 +1,6 @@
 """The page in a real browser: every view, values recomputed from the stored rows, no console error."""
 
+import csv
 import json
 import os
 import re
@@ -46,6 +47,7 @@ def test_every_view_shows_what_the_rows_say_and_survives_a_killed_server(page, t
         _find_runs_by_their_notes(page, tmp_path)
 
         visit("overview")
+        _save_what_is_drawn(page, folder)
         last = [row for row in metric_rows(folder) if row["kind"] == "step"][-1]
         shown = page.inner_text("[data-metric='reward/mean'] b")
         assert float(shown) == pytest.approx(last["reward/mean"], rel=1e-2)
@@ -62,6 +64,7 @@ def test_every_view_shows_what_the_rows_say_and_survives_a_killed_server(page, t
         assert page.locator("#view tbody tr").count() == consumed > 0
 
         _read_one_episode(page, folder, db, visit)
+        _read_a_group_side_by_side(page, db, visit)
 
         assert "worker-0" in visit("workers")
         visit("ledger")
@@ -105,6 +108,31 @@ def test_a_chart_is_sketched_from_its_rows_until_the_library_draws_it(page, tmp_
     finally:
         server.kill()
         server.wait(10)
+
+
+def _save_what_is_drawn(page, folder: Path) -> None:
+    """A chart's own button gives its points as CSV."""
+    with page.expect_download() as download:
+        page.evaluate(
+            "document.querySelector(\"[data-keys^='reward/mean'] [data-title='CSV of what is drawn']\").click()"
+        )
+    lines = list(csv.reader(Path(download.value.path()).read_text().splitlines()))
+    steps = [row for row in metric_rows(folder) if "reward/mean" in row]
+    drawn = [(float(x), float(y)) for name, x, y, _ in lines[1:] if name == "reward/mean"]
+    assert lines[0] == ["name", "x", "y", ""] and drawn == [(row["step"], row["reward/mean"]) for row in steps]
+
+
+def _read_a_group_side_by_side(page, db: sqlite3.Connection, visit: Callable[[str], str]) -> None:
+    row, group = db.execute("SELECT row, group_id FROM trajectories WHERE member = 1 LIMIT 1").fetchone()
+    members = db.execute("SELECT turns FROM trajectories WHERE group_id = ?", (group,)).fetchall()
+    visit(f"trajectory/{row}?side=1")
+    shown = page.locator(".siblings.side .sibling").all_inner_texts()
+    assert len(shown) == len(members) == 2
+    for text, (turns,) in zip(shown, members, strict=True):
+        assert all(turn["message"]["content"][0]["text"] in text for turn in json.loads(turns))
+    page.click("#view a:text-is('facts alone')")
+    until(page, "document.getElementById('view').dataset.ready === location.hash && !location.hash.includes('side')")
+    assert page.locator(".siblings .message").count() == 0
 
 
 def _find_runs_by_their_notes(page, root: Path) -> None:

@@ -84,7 +84,10 @@ def _deep_links() -> list[tuple[str, str]]:
             quote(marked("groups.group_id", attack), safe=""),
             quote(f"reward/{marked('metric', attack)}", safe=""),
         )
-        found += [("trajectory", f"run/{RUN}/trajectory/{2 * k + 1}"), ("tokens", f"run/{RUN}/tokens/{2 * k + 1}")]
+        found += [
+            ("trajectory", f"run/{RUN}/trajectory/{2 * k + 1}?side=1"),
+            ("tokens", f"run/{RUN}/tokens/{2 * k + 1}"),
+        ]
         found += [("runs", f"?key={metric}&runs={RUN}"), ("ledger", f"run/{RUN}/ledger?group={group}")]
         found += [("lineage", f"run/{RUN}/lineage/{group}?row={2 * k + 1}")]
         found += [("trajectories", f"run/{RUN}/trajectories?group={group}&text={quote(attack, safe='')}")]

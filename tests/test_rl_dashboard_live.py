@@ -189,7 +189,7 @@ def _check_tables(page: Any, visit: Callable[..., str], folder: Path, db: sqlite
     sql = "SELECT COUNT(*), SUM(num_sampled_tokens) FROM (SELECT * FROM trajectories ORDER BY row DESC LIMIT 5000)"
     episodes, tokens = db.execute(f"{sql} WHERE worker = 'worker-0'").fetchone()
     cells = page.locator("#view tbody tr", has_text="worker-0").first.locator("td").all_inner_texts()
-    assert (int(cells[4]), int(cells[5])) == (episodes, tokens)
+    assert (int(cells[5]), int(cells[6])) == (episodes, tokens) and cells[1] == "healthy"
 
     visit("ledger", "ledger")
     with sqlite3.connect(folder / "ledger.sqlite") as ledger:

@@ -98,7 +98,31 @@ function layout(title, { log = false, xTitle = "", legend = false } = {}) {
 
 function options(title) {
   const filename = title.replace(/[^a-z0-9]+/gi, "-") || "chart";
-  return { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"], toImageButtonOptions: { format: "png", filename, scale: 2 } };
+  const csv = { name: "csv", title: "CSV of what is drawn", icon: window.Plotly.Icons.disk, click: (node) => save(csvOf(node.data), `${filename}.csv`) };
+  return { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"], modeBarButtonsToAdd: [csv], toImageButtonOptions: { format: "png", filename, scale: 2 } };
+}
+
+// One line for each point: name, x, y, and z of a heat map, start of a bar. A spreadsheet must not take a name for a formula.
+export function csvOf(traces) {
+  const cell = (value) => {
+    const text = value === null || value === undefined ? "" : typeof value === "string" && /^[=+\-@\t\r]/.test(value) ? `'${value}` : String(value);
+    return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  };
+  const rows = traces.filter((trace) => trace.hoverinfo !== "skip").flatMap((trace) => {
+    const name = trace.name || "";
+    if (trace.z) return trace.z.flatMap((line, i) => Array.from(line, (value, k) => [name, trace.x[k], trace.y[i], value]));
+    return Array.from(trace.x, (x, i) => [name, x, trace.y[i], trace.base ? trace.base[i] : ""]);
+  });
+  const last = traces.some((trace) => trace.z) ? "share" : traces.some((trace) => trace.base) ? "start" : "";
+  return [["name", "x", "y", last], ...rows].map((row) => row.map(cell).join(",")).join("\n") + "\n";
+}
+
+function save(text, name) {
+  const anchor = document.createElement("a");
+  anchor.href = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
+  anchor.download = name;
+  anchor.click();
+  setTimeout(() => URL.revokeObjectURL(anchor.href), 1000);
 }
 
 // Exponential moving average that ignores gaps; weight 0 changes nothing.

@@ -8,7 +8,8 @@ import { short } from "./lineage.js";
 export async function workersView(view, run, query, signal) {
   const { workers, episodes_of: recent } = await ask(["runs", run, "workers"], {}, signal);
   fill(view, el("h1", {}, "Workers"), el("p", { class: "dim" }, `Episodes, tokens and rates are of the newest ${recent} trajectories.`),
-    table([["process", (w) => w.process], ["last did", (w) => text(w.activity)], ["until (s)", (w) => num(w.last_s), true],
+    table([["process", (w) => w.process],
+      ["state", (w) => el("span", { class: w.state === "lost" || w.state === "retired" ? "bad" : null }, text(w.state))], ["last did", (w) => text(w.activity)], ["until (s)", (w) => num(w.last_s), true],
       ["policy version", (w) => num(w.version), true], ["episodes", (w) => num(w.episodes), true], ["tokens", (w) => num(w.tokens), true],
       ["tokens per second of an episode", (w) => num(w.tok_s, 3), true], ["environment errors", (w) => num(w.errors), true],
       ["restarts", (w) => num(w.restarts || 0), true], ["last event", (w) => text(w.event)], ["last error", (w) => text(w.error)]], workers));
