@@ -93,10 +93,7 @@ class Controller:
         self._held_out_digests = frozenset(held_out)
         self.trained_digests: set[str] = set()
         self._clock = clock
-        bound = StalenessBound(
-            max_staleness=config.rollout.max_staleness, groups_per_step=config.rollout.groups_per_step
-        )
-        self._gate = SlotGate(bound, publish_every=config.learner.publish_every, version=progress.step)
+        self._gate = _slot_gate(config, version=progress.step)
         self._buffer = GroupBuffer(config.rollout.max_staleness, clock=self._clock)
         self.fleet = Fleet(
             cluster.workers,
@@ -406,6 +403,12 @@ class Controller:
             for name, total in dispatched.items()
             if total
         }
+
+
+def _slot_gate(config: TrainConfig, *, version: int) -> SlotGate:
+    rollout = config.rollout
+    bound = StalenessBound(max_staleness=rollout.max_staleness, groups_per_step=rollout.groups_per_step)
+    return SlotGate(bound, publish_every=config.learner.publish_every, version=version)
 
 
 def _signal_gate(config: TrainConfig) -> SignalGate | None:
