@@ -84,7 +84,7 @@ export async function overviewView(view, run, query, signal) {
       for (const row of rows) for (const key of NUMBERS) if (key in row) latest[key] = row[key];
       showNumbers(numbers, latest);
       judge();
-      if (!due) due = setTimeout(() => { due = null; if (!signal.aborted) draw(); }, 500);
+      if (!due) due = setTimeout(() => { due = null; if (!signal.aborted) draw(); }, 300);
     },
     event: ({ rows }) => { if (rows.some((row) => row.kind === "alert")) judge(); },
     state: (now) => showState(state, now),
