@@ -1,11 +1,12 @@
 """The dashboard on a run far larger than usual, by a real browser; and what it costs a run to be watched.
 
-    python benchmarks/dashboard.py [--pairs 4] [--json]
+    python benchmarks/dashboard.py [--pairs 4] [--steps 60] [--only scale|cost] [--json]
 
 Scale: a run folder of 25,000 steps with 40 metrics, 100,000 trajectories and one more of 200 MB, written by the code
 that writes real ones. A fresh server and a fresh browser open its overview (cold), then every view that the page's own
-navigation offers, a search that finds nothing, and the large trajectory. A view's time is from the click to its last
-chart or row. Server memory is its highest resident size.
+navigation offers, a search that finds nothing, and the large trajectory. The first chart is a sketch by the page's own
+code, `first_library_chart_s` the same one drawn by the chart library. A view's time is from the click to its last chart
+or row. Server memory is its highest resident size.
 
 Cost: pairs of the same short training, one of them watched by one page, in alternating order. `server_cpu_share` is the
 server's CPU seconds over the run's; `slowdown` is watched over unwatched time, with a 95% t interval over the pairs.
@@ -45,7 +46,7 @@ METRICS = (
     *("tool/calls_mean", "tool/error_ratio", "stop/terminated", "env/error_ratio", "workers/healthy"),
 )
 TRAIN = (
-    *("train", "env=calculator", "steps=16", "cluster=inprocess", "evaluation.every=0", "evaluation.final_tasks=4"),
+    *("train", "env=calculator", "cluster=inprocess", "evaluation.every=0", "evaluation.final_tasks=4"),
     *("monitor.wandb=disabled", "monitor.progress=false", "policy.init=random", "learner.self_check_tolerance=1e9"),
 )
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -192,7 +193,7 @@ def browser_page() -> Iterator[Any]:
 def time_to(page: Any, address: str, condition: str, deadline_s: float = 60.0) -> float:
     """Seconds from asking for `address` until a JavaScript condition holds in the page."""
     started = time.perf_counter()
-    page.goto(address)
+    page.goto(address, wait_until="commit")  # a chart is seen before everything is loaded
     while not page.evaluate(condition):
         if time.perf_counter() - started > deadline_s:
             raise SystemExit(f"{address} took longer than {deadline_s:g} s")
@@ -202,12 +203,17 @@ def time_to(page: Any, address: str, condition: str, deadline_s: float = 60.0) -
 
 READY = "document.getElementById('view')?.dataset.ready === (location.hash || '#/')"
 CHART = "document.querySelector('.chart .trace') !== null"
+LIBRARY_CHART = "document.querySelector('.chart .plot-container .trace') !== null"
 
 
 def measure_scale(root: Path) -> dict[str, Any]:
     """Seconds of the first chart and of every view, and the server's highest resident MB."""
     with dashboard(root) as (server, address), browser_page() as page:
+        started = time.perf_counter()
         first = time_to(page, f"{address}#/run/{RUN}/overview", CHART)
+        while not page.evaluate(LIBRARY_CHART):
+            time.sleep(0.01)
+        by_library = round(time.perf_counter() - started, 3)
         views = {"runs": time_to(page, f"{address}#/", READY)}
         views["overview"] = time_to(page, f"{address}#/run/{RUN}/overview", READY)
         hashes = [link.get_attribute("href") for link in page.locator("#nav a").all()]
@@ -220,7 +226,12 @@ def measure_scale(root: Path) -> dict[str, Any]:
             "its tokens": f"#/run/{RUN}/tokens/{TRAJECTORIES + 1}?offset=900000",
         }
         views |= {name: time_to(page, address + place, READY) for name, place in places.items()}
-        return {"first_chart_s": first, "views_s": views, "server_peak_mb": _peak_mb(server.pid)}
+        return {
+            "first_chart_s": first,
+            "first_library_chart_s": by_library,
+            "views_s": views,
+            "server_peak_mb": _peak_mb(server.pid),
+        }
 
 
 def _peak_mb(pid: int) -> float:
@@ -237,13 +248,14 @@ def _cpu_s(pid: int) -> float:
 # --- what a watched run costs -----------------------------------------------------------------------------------------
 
 
-def measure_cost(root: Path, pairs: int) -> dict[str, Any]:
-    """Pairs of one training, watched and not, the first of each pair taking turns."""
+def measure_cost(root: Path, pairs: int, steps: int) -> dict[str, Any]:
+    """Pairs of one training, watched and not, the first of each pair taking turns. The browser is on this machine, too:
+    the slow-down counts what it takes from the run; the share counts the server alone."""
     seconds: dict[bool, list[float]] = {True: [], False: []}
     shares = []
     for pair in range(pairs):
         for watched in (True, False) if pair % 2 else (False, True):
-            took_s, run_cpu_s, server_cpu_s = _train(root / f"pair-{pair}-{watched}", watched)
+            took_s, run_cpu_s, server_cpu_s = _train(root / f"pair-{pair}-{watched}", watched, steps)
             seconds[watched].append(took_s)
             if watched:
                 shares.append(server_cpu_s / run_cpu_s)
@@ -251,6 +263,7 @@ def measure_cost(root: Path, pairs: int) -> dict[str, Any]:
     mean, half = statistics.mean(logs), T_975[pairs - 1] * statistics.stdev(logs) / math.sqrt(pairs)
     return {
         "pairs": pairs,
+        "steps": steps,
         "server_cpu_share": round(statistics.mean(shares), 4),
         "server_cpu_share_worst": round(max(shares), 4),
         "slowdown": round(math.exp(mean), 3),
@@ -260,10 +273,10 @@ def measure_cost(root: Path, pairs: int) -> dict[str, Any]:
     }
 
 
-def _train(root: Path, watched: bool) -> tuple[float, float, float]:
+def _train(root: Path, watched: bool, steps: int) -> tuple[float, float, float]:
     """(seconds, CPU seconds of the run, CPU seconds of the server) while a page shows the run's overview."""
     root.mkdir()
-    command = [sys.executable, "-m", "rl.cli", *TRAIN, f"run.root={root}", "run.name=short"]
+    command = [sys.executable, "-m", "rl.cli", *TRAIN, f"steps={steps}", f"run.root={root}", "run.name=short"]
     if not watched:
         return (*_timed(command), 0.0)
     with dashboard(root) as (server, address), browser_page() as page:
@@ -296,17 +309,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     pairs = (0, *range(2, 11))
     parser.add_argument("--pairs", type=int, default=4, choices=pairs, help="of runs; 0 = scale alone; default: 4")
+    parser.add_argument("--steps", type=int, default=60, help="learner steps of each run; default: 60")
+    parser.add_argument("--only", choices=["scale", "cost"], help="of the two measurements")
     parser.add_argument("--output", type=Path, default=FOLDER / "results" / "dashboard.json")
     parser.add_argument("--json", action="store_true", help="the result as the last line of output")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        (root / "large").mkdir()
-        make_large_run(root / "large")
+        if arguments.only != "cost":
+            (root / "large").mkdir()
+            make_large_run(root / "large")
         machine = describe_machine()  # its load is that of the minute before the measurement
-        scale = measure_scale(root / "large")
-        cost = measure_cost(root, arguments.pairs) if arguments.pairs else {}
-    size = {"metric_points": STEPS * len(METRICS), "trajectories": TRAJECTORIES + 1, "largest_bytes": LARGE_BYTES}
+        scale = measure_scale(root / "large") if arguments.only != "cost" else {}
+        measures_cost = arguments.pairs and arguments.only != "scale"
+        cost = measure_cost(root, arguments.pairs, arguments.steps) if measures_cost else {}
+    written = {"metric_points": STEPS * len(METRICS), "trajectories": TRAJECTORIES + 1, "largest_bytes": LARGE_BYTES}
+    size = written if scale else {}
     ratios = {name: cost[name] for name in ("server_cpu_share", "slowdown") if name in cost}
     figures = size | scale | cost
     result = {"name": "dashboard", "ratios": ratios, "figures": figures, "machine": machine, "paired": bool(cost)}

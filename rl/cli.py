@@ -4,10 +4,11 @@ Exit codes: 0 ok, 1 failed run or check, 2 bad usage or config, 3 doctor found a
 checkpoint written.
 """
 
+import json
 import os
 import sys
 import traceback
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Sequence
 
 from conf.checks import ConfigError
@@ -82,6 +83,7 @@ def _config_arguments(parser: ArgumentParser) -> None:
 def _train_arguments(parser: ArgumentParser) -> None:
     _config_arguments(parser)
     parser.add_argument("-m", "--multirun", action="store_true", help="run every combination of listed values")
+    parser.add_argument("--sweep", metavar="JSON", help=SUPPRESS)  # what --multirun tells each of its runs
 
 
 def _train(args: Namespace) -> int:
@@ -101,7 +103,7 @@ def _train(args: Namespace) -> int:
         return 0
     from rl.train import train
 
-    return train(configs[0])
+    return train(configs[0], sweep=json.loads(args.sweep) if args.sweep else None)
 
 
 def _sft(args: Namespace) -> int:

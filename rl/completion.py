@@ -4,7 +4,7 @@ The scripts hold no list of their own: they call `shoal completion words LINE`, 
 environments and runs.
 """
 
-from argparse import ArgumentParser
+from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def candidates(line: str, table: CommandTable) -> list[str]:
         command, program = command.commands[name], f"{program} {name}"
     parser = parser_of(program, command)
     if word.startswith("-"):
-        return _begun(word, parser._option_string_actions)
+        return _begun(word, (name for name, action in parser._option_string_actions.items() if action.help != SUPPRESS))
     return _begun(word, _values(parser, done, word))
 
 
@@ -77,6 +77,10 @@ def _values(parser: ArgumentParser, done: Sequence[str], word: str) -> Iterable[
             yield from _runs(done)
         elif action.metavar == "ID":
             yield from _environments()
+        elif action.metavar == "PART":
+            from rl.export import PARTS
+
+            yield from PARTS
         elif action.dest == "overrides":
             yield from _settings(word)
         elif action.choices:

@@ -20,7 +20,7 @@ weights and ledger are one consistent cut.
 import asyncio
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -38,7 +38,7 @@ from rl.step_detail import step_detail
 from rl.step_time import StepTime
 from rollout.buffer import GroupBuffer
 from rollout.fleet import Fleet, FleetError, WorkerState
-from rollout.lease import NotReady, WorkerLost
+from rollout.lease import NotReady, WorkerLost, WorkerStatus
 from rollout.ledger import Ledger
 from rollout.recorder import Recorder, TrainedRow
 from rollout.scheduler import Scheduler
@@ -78,7 +78,9 @@ class Controller:
         source: TaskSource,
         held_out: Mapping[str, Task],
         progress: Progress,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`clock`: of everything it measures, the monitor's too, or spans mean nothing."""
         self.config = config
         self.progress = progress
         self._cluster = cluster
@@ -90,11 +92,8 @@ class Controller:
         self._held_out = list(held_out.values())
         self._held_out_digests = frozenset(held_out)
         self.trained_digests: set[str] = set()
-        self._clock = time.monotonic
-        bound = StalenessBound(
-            max_staleness=config.rollout.max_staleness, groups_per_step=config.rollout.groups_per_step
-        )
-        self._gate = SlotGate(bound, publish_every=config.learner.publish_every, version=progress.step)
+        self._clock = clock
+        self._gate = _slot_gate(config, version=progress.step)
         self._buffer = GroupBuffer(config.rollout.max_staleness, clock=self._clock)
         self.fleet = Fleet(
             cluster.workers,
@@ -122,6 +121,7 @@ class Controller:
         self._to_push: asyncio.Queue[tuple[int, int, object]] = asyncio.Queue()
         self._sync_s = 0.0
         self._busy_s = 0.0
+        self._statuses: list[WorkerStatus | None] = [None] * len(self.fleet.members)
         self._quiet_steps = 0
         self._trained = {"n": 0.0, "length": 0.0, "reward": 0.0, "seconds": 0.0}
         self.transcripts: list[Trajectory] = []
@@ -171,6 +171,8 @@ class Controller:
 
     async def _train(self) -> None:
         """Run the loops until the learner loop ends; the first failure of any of them ends all."""
+        await self.fleet.beat()
+        self._new_busy_s()  # what engines did in the evaluation before belongs to no step
 
         async def learn() -> None:
             await self._learner_loop()
@@ -338,14 +340,14 @@ class Controller:
             "queue/ready_groups": stats.ready,
             "queue/in_flight": self.scheduler.num_alive,
             "queue/oldest_age_s": stats.oldest_ready_s,
-            "rollout/busy_s": busy_s,
+            "rollout/busy_s": busy_s or 0.0,
             "rollout/episode_s/mean": sum(t.seconds for t in trajectories) / max(len(trajectories), 1),
             "faults/restarts": self.fleet.num_restarts,
             "faults/redispatched": counters.redispatched,
             "faults/dropped_groups": counters.dropped,
             "workers/healthy": self.fleet.num_healthy,
             "curriculum/gated_groups": counters.gated,
-            "time/rollout_idle_ratio": max(1.0 - busy_s / max(step_s, 1e-9), 0.0) if busy_s else None,
+            "time/rollout_idle_ratio": None if busy_s is None else max(1.0 - busy_s / max(step_s, 1e-9), 0.0),
             **self._source.curriculum.metrics(),
             **self._selection_bias(trajectories),
         }
@@ -371,11 +373,15 @@ class Controller:
             f"{shares['all_bad']:.0%} all alike and wrong; change the level, the reward or the temperature"
         )
 
-    def _new_busy_s(self) -> float:
-        """Seconds that engines spent in model steps since the last report, mean over workers, as heartbeats tell."""
-        total = sum(member.status.engine.busy_s for member in self.fleet.members if member.status)
+    def _new_busy_s(self) -> float | None:
+        """Seconds that engines spent in model steps since the last report, mean over workers, as heartbeats tell; None
+        where none came since: engines that were idle all the time say so."""
+        statuses = [member.status for member in self.fleet.members]
+        total = sum(status.engine.busy_s for status in statuses if status)
+        heard = any(now is not then for now, then in zip(statuses, self._statuses, strict=True))
+        self._statuses = statuses
         new, self._busy_s = max(total - self._busy_s, 0.0), total
-        return new / len(self.fleet.members)
+        return new / len(statuses) if heard else None
 
     def _selection_bias(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """Mean over all trained / mean over all dispatched: 1 unless what is trained on is a biased choice."""
@@ -397,6 +403,12 @@ class Controller:
             for name, total in dispatched.items()
             if total
         }
+
+
+def _slot_gate(config: TrainConfig, *, version: int) -> SlotGate:
+    rollout = config.rollout
+    bound = StalenessBound(max_staleness=rollout.max_staleness, groups_per_step=rollout.groups_per_step)
+    return SlotGate(bound, publish_every=config.learner.publish_every, version=version)
 
 
 def _signal_gate(config: TrainConfig) -> SignalGate | None:

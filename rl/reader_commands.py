@@ -49,6 +49,33 @@ def _plot(args: Namespace) -> int:
     return plot(args.run, args.metrics, root=args.root, output=args.output, as_json=args.json)
 
 
+def _export_arguments(parser: ArgumentParser) -> None:
+    run_arguments(parser)
+    parser.add_argument("parts", nargs="*", metavar="PART", help="trajectories, metrics, weights; tensorboard if named")
+    parser.add_argument("-o", "--output", metavar="DIR", help="default: RUN-export, here")
+    parser.add_argument("--status", choices=["committed", "consumed", "dropped", "eval"], help="trajectories that are")
+    parser.add_argument("--env", metavar="NAME", help="trajectories of an environment")
+    parser.add_argument("--step", type=int, metavar="N", help="trajectories that learner step N took")
+    parser.add_argument("--tokens", action="store_true", help="with token ids, mask, both logprobs, policy versions")
+    parser.add_argument("--checkpoint", type=int, metavar="N", help="weights of step N (default: the newest)")
+
+
+def _export(args: Namespace) -> int:
+    from rl.export import export
+
+    asked = {"status": args.status, "env_name": args.env, "step": args.step}
+    return export(
+        args.run,
+        args.parts,
+        root=args.root,
+        output=args.output,
+        filters={name: value for name, value in asked.items() if value is not None},
+        tokens=args.tokens,
+        checkpoint=args.checkpoint,
+        as_json=args.json,
+    )
+
+
 def _note_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("text", metavar="TEXT", nargs="?", help="becomes the run's note; '' removes it")
@@ -138,6 +165,15 @@ READER_COMMANDS: dict[str, Command] = {
         examples="  shoal plot latest\n  shoal plot latest reward/mean policy/entropy -o curves.png",
         arguments=_plot_arguments,
         run=_plot,
+    ),
+    "export": Command(
+        summary="a run's episodes, metrics and weights as files for other programs",
+        examples="  shoal export latest                          JSONL, CSV, a transformers folder, in RUN-export/\n"
+        "  shoal export latest trajectories --status consumed --tokens -o trained\n"
+        "  shoal export latest weights --checkpoint 40  AutoModelForCausalLM.from_pretrained('RUN-export/weights')\n"
+        "  shoal export latest metrics tensorboard --json",
+        arguments=_export_arguments,
+        run=_export,
     ),
     "note": Command(
         summary="write a note and tags into a run's folder, or read them",

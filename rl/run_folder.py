@@ -243,11 +243,22 @@ class RunFolder:
     def write_summary(self, values: Mapping[str, Any]) -> None:
         self._write(self.summary, json.dumps(values, indent=2) + "\n")
 
-    def write_manifest(self, *, seed: int, environments: Any, argv: Sequence[str] | None = None) -> None:
-        """Facts to make the run again: code, versions, hardware, seed; `environments`: versions and digests by id."""
+    def write_manifest(
+        self,
+        *,
+        seed: int,
+        environments: Any,
+        argv: Sequence[str] | None = None,
+        sweep: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Facts to make the run again: code, versions, hardware, seed; `environments`: versions and digests by id.
+
+        `sweep`: {"id", "number", "of", "settings"} of a run that is one of a sweep.
+        """
         manifest = {
             "argv": list(sys.argv if argv is None else argv),
             "seed": seed,
+            "sweep": sweep,
             "environments": environments,
             "packages": _package_versions(),
             "python": sys.version.split()[0],

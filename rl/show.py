@@ -5,6 +5,7 @@ visible, so that it can neither colour nor rewrite a terminal.
 """
 
 import json
+import sqlite3
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -27,6 +28,7 @@ from rl.run_folder import RunFolder, RunFolderError
 from rl.transcript import message_text
 from rl.usage import UsageError
 from rl.verdict import judge
+from rollout.lineage import LineageEvent, read_lineage, story
 from rollout.recorder import StoredTrajectory, TrajectoryReader
 from rollout.trajectory import Trajectory
 
@@ -143,9 +145,14 @@ def show_trajectory(run: str, key: str, *, root: str = "runs", as_json: bool = F
     finally:
         reader.close()
     if as_json:
-        print(json.dumps(_trajectory_facts(stored)))
+        print(
+            json.dumps(_trajectory_facts(stored) | {"lineage": [asdict(event) for event in _lineage(folder, stored)]})
+        )
         return 0
-    _print_trajectory(plain_console(), stored)
+    console = plain_console()
+    _print_trajectory(console, stored)
+    if events := _lineage(folder, stored):
+        console.print(Text(visible(f"lineage of its group: {story(events)}"), style="dim"), soft_wrap=True)
     return 0
 
 
@@ -199,6 +206,16 @@ def _trajectory_counts(folder: RunFolder) -> dict[str, int]:
         return reader.counts()
     finally:
         reader.close()
+
+
+def _lineage(folder: RunFolder, stored: StoredTrajectory) -> list[LineageEvent]:
+    """What the ledger tells of a trajectory's group; nothing of one that is held out, served, or of an old ledger."""
+    if stored.split != "train":
+        return []
+    try:
+        return read_lineage(folder.ledger, stored.trajectory.group_id)
+    except sqlite3.Error:
+        return []
 
 
 def _trajectory_facts(stored: StoredTrajectory) -> dict[str, Any]:

@@ -27,20 +27,34 @@ def run_sweep(
     `configs[i]` is what `combinations[i]` says: all are known to be valid before the first starts.
     """
     sweep = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    settings = swept_settings(combinations)
     codes: list[int] = []
     summaries: list[dict[str, Any]] = []
     for number, (words, config) in enumerate(zip(combinations, configs, strict=True), start=1):
         name = f"{config.run.name or slug(config.env.name)}-{sweep}-{number}"
         folders = [word for folder in config_dirs for word in ("--config-dir", folder)]
         print(f"\n=== {number} of {len(combinations)}: {' '.join(words)}", flush=True)
-        codes.append(run(["-m", "rl.cli", "train", *words, f"run.name={name}", *folders]))
+        place = {"id": sweep, "number": number, "of": len(combinations), "settings": settings[number - 1]}
+        codes.append(run(["-m", "rl.cli", "train", *words, *folders, "--sweep", json.dumps(place), f"run.name={name}"]))
         summaries.append(_summary(Path(config.run.root) / name))
         if codes[-1] == INTERRUPTED:
             break
     _print_table(combinations, codes, summaries)
+    print(f"compare them: shoal dash, then #/sweep/{sweep} of its address")
     if INTERRUPTED in codes:
         return INTERRUPTED
     return 0 if not any(codes) else 1
+
+
+def swept_settings(combinations: Sequence[Sequence[str]]) -> list[dict[str, str]]:
+    """Per combination, the settings in which they differ.
+
+    Example: [["steps=9", "seed=1"], ["steps=9", "seed=2"]] -> [{"seed": "1"}, {"seed": "2"}]
+    """
+    values = [dict(word.split("=", 1) for word in words if "=" in word) for words in combinations]
+    keys = dict.fromkeys(key for chosen in values for key in chosen)
+    differing = [key for key in keys if len({chosen.get(key) for chosen in values}) > 1]
+    return [{key: chosen[key] for key in differing if key in chosen} for chosen in values]
 
 
 def _summary(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, closing, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -52,8 +52,11 @@ def task_entries(config: TrainConfig) -> tuple[TaskEntry, ...]:
     )
 
 
-def train(config: TrainConfig) -> int:
-    """Run a whole training. Returns the exit code: 0 ok, 1 failed, 130 interrupted with a checkpoint written."""
+def train(config: TrainConfig, *, sweep: Mapping[str, Any] | None = None) -> int:
+    """Run a whole training. Returns the exit code: 0 ok, 1 failed, 130 interrupted with a checkpoint written.
+
+    `sweep`: which one of which sweep it is, for its manifest; None of one that stands alone.
+    """
     if config.dry_run:
         print(resolved_yaml(config), end="")
         return 0
@@ -62,7 +65,7 @@ def train(config: TrainConfig) -> int:
 
     def fill(folder: RunFolder) -> None:
         folder.write_config(resolved_yaml(config))
-        folder.write_manifest(seed=config.seed, environments=facts)
+        folder.write_manifest(seed=config.seed, environments=facts, sweep=sweep)
 
     folder = RunFolder.create(config.run.root, config.env.name, _policy_name(config), config.run.name, fill=fill)
     return _run(config, folder, None, resumed=False)

@@ -7,6 +7,8 @@
 Invariant, asserted after every change and recomputed from the table by `audit`:
 issued = queued + leased + committed + consumed + dropped.
 
+Each change leaves an event in the same transaction: when, of which attempt, why (rollout/lineage.py).
+
 One process writes (a lock file keeps a second one out), in SQLite WAL with synchronous=FULL: what a method returned for
 has reached the disk. Every method is one transaction, so one fsync; `batch` makes one of many.
 """
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from envs.task import Task
+from rollout import lineage
 from rollout.codec import task_from_json, task_to_json
 
 
@@ -82,15 +85,23 @@ class Ledger:
     ledger.consume(["train/calculator/0"], step=4).
     """
 
-    def __init__(self, path: Path | str, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        unix_clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`clock`: of deadlines. `unix_clock`: of events, which processes of a resumed run add to."""
         self._path = Path(path)
         self._clock = clock
+        self._unix_clock = unix_clock
         self._lock_file = _lock(self._path)
         try:
             self._db = sqlite3.connect(self._path, isolation_level=None)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
-            self._db.executescript(_SCHEMA)
+            self._db.executescript(_SCHEMA + lineage.SCHEMA)
             self._read_counts()
         except sqlite3.Error as error:
             self._lock_file.close()
@@ -123,6 +134,7 @@ class Ledger:
                     raise LedgerError(f"group {task.task_id!r} was issued before")
                 row = (task.task_id, task_to_json(task), GroupState.QUEUED)
                 self._execute("INSERT INTO groups (group_id, task, state) VALUES (?, ?, ?)", row)
+                self._note(task.task_id, "issued")
             self._execute("UPDATE issued SET total = total + ?", (len(tasks),))
             self._issued += len(tasks)
             self._counts[GroupState.QUEUED] += len(tasks)
@@ -139,6 +151,7 @@ class Ledger:
                 "attempt = ?, worker = ?, deadline = ?",
                 (attempt, worker, deadline),
             )
+            self._note(group_id, "leased")
             return attempt
 
     def expired(self) -> list[tuple[str, int]]:
@@ -158,6 +171,7 @@ class Ledger:
                 "redispatched = redispatched + 1, last_cause = ?",
                 (cause,),
             )
+            self._note(group_id, "released", cause=cause)
             return True
 
     def commit(self, group_id: str, attempt: int, digest: str) -> bool:
@@ -165,8 +179,10 @@ class Ledger:
         with self.batch():
             if not self._holds(group_id, attempt):
                 self._execute("UPDATE groups SET refused_commits = refused_commits + 1 WHERE group_id = ?", (group_id,))
+                self._note(group_id, "refused", attempt=attempt)
                 return False
             self._move(group_id, (GroupState.LEASED,), GroupState.COMMITTED, "digest = ?", (digest,))
+            self._note(group_id, "committed")
             return True
 
     def requeue(self, group_id: str, cause: str) -> None:
@@ -174,18 +190,21 @@ class Ledger:
         update = "redispatched = redispatched + 1, last_cause = ?, digest = NULL"
         with self.batch():
             self._move(group_id, (GroupState.COMMITTED,), GroupState.QUEUED, update, (cause,))
+            self._note(group_id, "requeued", cause=cause)
 
     def consume(self, group_ids: Sequence[str], step: int) -> None:
         """Train on committed groups at a learner step: all or, if one is not committed, none."""
         with self.batch():
             for group_id in group_ids:
                 self._move(group_id, (GroupState.COMMITTED,), GroupState.CONSUMED, "step = ?", (step,))
+                self._note(group_id, "consumed")
 
     def drop(self, group_id: str, reason: str) -> None:
         """End a group that will never be trained on."""
         alive = (GroupState.QUEUED, GroupState.LEASED, GroupState.COMMITTED)
         with self.batch():
             self._move(group_id, alive, GroupState.DROPPED, "reason = ?", (reason,))
+            self._note(group_id, "dropped", cause=reason)
 
     def rewind(self, step: int) -> Rewind:
         """Go back to the checkpoint of `step`: what was consumed later is committed again, leases are queued again.
@@ -193,6 +212,8 @@ class Ledger:
         Groups committed or dropped since stay so: their work is done, and the learner's older state does not undo it.
         """
         with self.batch():
+            with self._explaining():
+                lineage.note_rewind(self._db, step, self._unix_clock())
             recommitted = self._execute(
                 "UPDATE groups SET state = 'committed', step = NULL WHERE state = 'consumed' AND step > ?", (step,)
             ).rowcount
@@ -262,9 +283,18 @@ class Ledger:
         self._issued: int = self._db.execute("SELECT total FROM issued").fetchone()[0]
         self._counts = _recount(self._db)
 
+    def _note(self, group_id: str, event: str, *, attempt: int | None = None, cause: str | None = None) -> None:
+        with self._explaining():
+            lineage.note(self._db, group_id, event, self._unix_clock(), attempt=attempt, cause=cause)
+
     def _execute(self, sql: str, values: tuple[Any, ...] = ()) -> sqlite3.Cursor:
-        try:
+        with self._explaining():
             return self._db.execute(sql, values)
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        try:
+            yield
         except sqlite3.Error as error:
             raise LedgerError(f"cannot use the ledger {self._path}: {error}") from error
 

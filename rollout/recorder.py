@@ -15,7 +15,7 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -245,6 +245,12 @@ class TrajectoryReader:
         where, values = _where(filters or {})
         sql = f"SELECT {', '.join(table.SUMMARY_COLUMNS)} FROM trajectories{where} ORDER BY row LIMIT ? OFFSET ?"
         return [_summary(row) for row in self._db.execute(sql, (*values, limit, offset))]
+
+    def each(self, filters: Mapping[str, Any] | None = None) -> Iterator[StoredTrajectory]:
+        """Whole trajectories under the same filters as `list`, one in memory at a time, in the order of writing."""
+        where, values = _where(filters or {})
+        rows = [row for (row,) in self._db.execute(f"SELECT row FROM trajectories{where} ORDER BY row", values)]
+        return (self.get(row) for row in rows)
 
     def counts(self, filters: Mapping[str, Any] | None = None) -> dict[str, int]:
         """Rows by status, under the same filters as `list`."""

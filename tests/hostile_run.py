@@ -54,7 +54,9 @@ def make_hostile_run(root: Path) -> tuple[Path, set[str]]:
     (path / "notes.json").write_text(json.dumps({"note": all_marked("notes.note"), "tags": list(ATTACKS)}))
     config = {marked("config.key", a): marked("config.value", a) for a in ATTACKS}
     (path / "config.yaml").write_text(yaml.safe_dump({"policy": {"dialect": "tiny"}, "env": config}))
-    manifest = {marked("manifest.key", a): [marked("manifest.value", a)] for a in ATTACKS}
+    manifest: dict[str, Any] = {marked("manifest.key", a): [marked("manifest.value", a)] for a in ATTACKS}
+    swept = {marked("sweep.key", a): marked("sweep.value", a) for a in ATTACKS}
+    manifest["sweep"] = {"id": all_marked("sweep.id"), "number": 1, "of": 1, "settings": swept}
     (path / "manifest.json").write_text(json.dumps(manifest))
     for attack in ATTACKS:
         (path / "logs" / f"{file_name('log.name', attack)}.log").write_text(all_marked("log.text"))
@@ -62,6 +64,7 @@ def make_hostile_run(root: Path) -> tuple[Path, set[str]]:
         folder.mkdir()
         (folder / "run.json").write_text(json.dumps(state | {"status": attack}))  # no status: the fault names it
     fields |= {*(f"run.{name}" for name in once), "summary.env", "config.key", "config.value", "manifest.key"}
+    fields |= {"sweep.id", "sweep.key", "sweep.value"}
     return path, fields | {"notes.note", "manifest.value", "log.name", "log.text", "folder"}
 
 
@@ -102,6 +105,13 @@ def _fill_ledger(path: Path, fields: set[str]) -> None:
                 values["reason"] = all_marked("groups.reason")
             columns = ", ".join(values)
             db.execute(f"INSERT INTO groups ({columns}) VALUES ({', '.join('?' for _ in values)})", [*values.values()])
+        texts = _text_columns(db, "events")
+        db.execute("DELETE FROM events")
+        for k, attack in enumerate(ATTACKS, start=1):
+            values = {name: _attacked(f"events.{name}", "", attack, fields) for name in texts}
+            values |= {"ordinal": k, "unix_s": (0.0, 1e300, attack)[k % 3]}
+            columns = ", ".join(values)
+            db.execute(f"INSERT INTO events ({columns}) VALUES ({', '.join('?' for _ in values)})", [*values.values()])
 
 
 def _fill_lines(path: Path, fields: set[str]) -> None:

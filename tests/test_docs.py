@@ -39,7 +39,7 @@ from tests.documentation import (
 
 LINK = re.compile(r"\]\(([^)\s#]*)(?:#([^)\s]+))?\)")
 CHEAP = re.compile(
-    r"(PYTHONPATH=\S+ )?shoal( (ls|show|top|note|report|plot|diff|audit|doctor(?! --engine vllm)|completion"
+    r"(PYTHONPATH=\S+ )?shoal( (ls|show|top|note|report|plot|export|diff|audit|doctor(?! --engine vllm)|completion"
     r"|env (list|new|check))( .*)?| train .*dry_run=true| (\w+ )*--help|)"
 )
 ELSEWHERE = {

@@ -22,6 +22,7 @@ from rl.progress import visible
 from rl.run_folder import RunFolder
 from rl.sweep import run_sweep
 from rl.usage import UsageError
+from rollout.ledger import Ledger
 from rollout.recorder import Recorder
 from rollout.trajectory import EpisodeError, StopReason, Trajectory, TrajectoryGroup, Turn
 from tests.test_rl_monitor import evaluation
@@ -205,6 +206,24 @@ def test_an_episode_as_json(capsys, root):
     facts = json.loads(out.splitlines()[-1])
     assert (facts["row"], facts["reward"], facts["versions"], facts["num_turns"]) == (1, None, [3, 4], 2)
     assert facts["error"]["traceback"].startswith("File") and len(facts["messages"]) == 4
+
+
+def test_an_episode_is_shown_with_the_life_of_its_group(capsys, root):
+    _, out, _ = run(capsys, "show", "latest", "--root", str(root), "--traj", "1", "--json")
+    assert json.loads(out.splitlines()[-1])["lineage"] == []  # of a run without a ledger
+    ledger = Ledger(RunFolder.resolve(root, "latest").ledger)
+    ledger.issue([hostile_trajectory().task])
+    assert ledger.lease("train/calc/0", "worker\x1b[31m-0", 9.0) == 1
+    ledger.drop("train/calc/0", "env_error")
+    ledger.close()
+    _, out, _ = run(capsys, "show", "latest", "--root", str(root), "--traj", "1")
+    line = next(line for line in out.splitlines() if line.startswith("lineage of its group: "))
+    assert (
+        line.startswith("lineage of its group: issued → leased to worker\\x1b[31m-0 (") and "dropped: env_error" in line
+    )
+    _, out, _ = run(capsys, "show", "latest", "--root", str(root), "--traj", "1", "--json")
+    events = json.loads(out.splitlines()[-1])["lineage"]
+    assert [(e["event"], e["attempt"]) for e in events] == [("issued", None), ("leased", 1), ("dropped", 1)]
 
 
 def test_an_episode_that_is_not_there_is_bad_usage(capsys, root):

@@ -8,6 +8,7 @@ import sqlite3
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,8 @@ def test_every_other_view_answers_from_the_files(root: Path) -> None:
     assert [row["state"] for row in ledger["rows"]] == ["committed", "consumed"]
     workers = {w["process"]: w for w in ask(f"/api/runs/{RUN}/workers").json()["workers"]}
     assert workers["worker-0"]["tokens"] == 12 and workers["worker-0"]["tok_s"] == 12 / 6.0
-    assert workers["worker-0"]["error"] == XSS
+    assert workers["worker-0"]["error"] == XSS and workers["worker-0"]["state"] == "lost"
+    assert workers["learner"]["state"] is None
     assert ask(f"/api/runs/{RUN}/config").json()["config"]["learner.clip_low"] == 0.2
     assert XSS in ask(f"/api/runs/{RUN}/logs", name="worker-0.log").json()["text"]
     assert ask(f"/api/runs/{RUN}/events").json()["events"][0]["kind"] == "checkpoint"
@@ -164,6 +166,34 @@ def test_the_ledger_of_one_group_is_found_whatever_its_age(root: Path) -> None:
     assert [(row["group_id"], row["state"], row["step"]) for row in rows] == [("train/calc/0", "consumed", 2)]
 
 
+def test_the_lineage_of_a_group_is_its_events_and_that_of_an_old_ledger_says_less(root: Path, tmp_path: Path) -> None:
+    told = _client(root)(f"/api/runs/{RUN}/lineage", group="train/calc/0").json()
+    assert [(e["event"], e["attempt"], e["worker"], e["step"]) for e in told["events"]] == [
+        ("issued", None, None, None),
+        ("leased", 1, "worker-0", None),
+        ("committed", 1, "worker-0", None),
+        ("consumed", 1, "worker-0", 2),
+    ]
+    assert told["story"].startswith("issued → leased to worker-0 (") and told["group"]["step"] == 2
+    newest = _client(root)(f"/api/runs/{RUN}/lineage", limit=3).json()
+    assert [(e["group_id"], e["event"]) for e in newest["events"]] == [
+        ("train/calc/0", "consumed"),
+        ("train/calc/1", "committed"),
+        ("train/calc/1", "leased"),
+    ]
+    assert newest["next"] == newest["events"][-1]["number"]
+    assert _client(root)(f"/api/runs/{RUN}/lineage", group="no such").status_code == 404
+    folder = make_run(tmp_path)
+    with sqlite3.connect(folder / "ledger.sqlite") as db:
+        db.execute("DELETE FROM events WHERE event = 'issued'")
+    ask = _client(tmp_path)
+    assert ask(f"/api/runs/{RUN}/lineage", group="train/calc/0").json()["story"] == ""
+    with sqlite3.connect(folder / "ledger.sqlite") as db:
+        db.execute("DROP TABLE events")
+    assert ask(f"/api/runs/{RUN}/lineage", group="train/calc/0").json()["events"] == []
+    assert ask(f"/api/runs/{RUN}/lineage").json() == {"events": [], "next": None}
+
+
 def test_histograms_are_of_the_rows_that_the_step_trained(root: Path) -> None:
     answer = _client(root)(f"/api/runs/{RUN}/histograms").json()
     assert (answer["step"], answer["n"]) == (2, 2)
@@ -174,6 +204,36 @@ def test_histograms_are_of_the_rows_that_the_step_trained(root: Path) -> None:
     assert _client(root)(f"/api/runs/{RUN}/histograms", step=9).json() == {
         "step": 9, "n": 0, "staleness": {}, "length": {}, "ratio": {}
     }  # fmt: skip
+
+
+def test_heat_maps_count_the_trained_rows_of_each_stretch_of_steps(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    with sqlite3.connect(folder / "trajectories.db") as db:
+        columns = [
+            row[1] for row in db.execute("PRAGMA table_info(trajectories)") if row[1] not in ("row", "step", "id")
+        ]
+        for step in range(3, 203):  # 200 more steps of one trajectory each, one token longer every step
+            picked = ", ".join("num_tokens + 1" if name == "num_tokens" else name for name in columns)
+            db.execute(
+                f"INSERT INTO trajectories (id, step, {', '.join(columns)}) SELECT 'more/{step}', {step}, {picked} "
+                "FROM trajectories WHERE row = (SELECT MAX(row) FROM trajectories WHERE status = 'consumed')"
+            )
+        rows = db.execute("SELECT step, min_version, num_tokens FROM trajectories WHERE status = 'consumed'").fetchall()
+    found = _client(tmp_path)(f"/api/runs/{RUN}/heatmaps").json()
+    steps = found["steps"]
+    assert len(steps) == 60 and steps[0][0] == 2 and steps[-1][1] == 202
+    assert all(before[1] + 1 == after[0] for before, after in pairwise(steps))
+    for name, value in (("staleness", lambda row: row[0] - 1 - row[1]), ("length", lambda row: row[2])):
+        edges = found[name]["edges"]
+        for (first, last), counts in zip(steps, found[name]["counts"], strict=True):
+            mine = [value(row) for row in rows if first <= row[0] <= last]
+            assert counts == np.histogram(mine, bins=edges)[0].tolist(), (name, first)
+    edges, counts = found["ratio"]["edges"], found["ratio"]["counts"]
+    assert edges[0] == pytest.approx(np.exp(-1)) and edges[-1] == pytest.approx(np.exp(1))
+    (place,) = [k for k in range(len(edges) - 1) if edges[k] <= np.exp(0.5) < edges[k + 1]]
+    assert all(column[place] == sum(column) > 0 for column in counts)  # three sampled tokens each, -0.5 against -1
+    (folder / "trajectories.db").unlink()
+    assert _client(tmp_path)(f"/api/runs/{RUN}/heatmaps").json() == {"steps": []}
 
 
 def test_the_chart_library_comes_compressed_and_is_not_sent_twice(root: Path) -> None:

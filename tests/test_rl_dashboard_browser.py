@@ -1,5 +1,6 @@
 """The page in a real browser: every view, values recomputed from the stored rows, no console error."""
 
+import csv
 import json
 import os
 import re
@@ -8,13 +9,13 @@ import sqlite3
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from rl.notes import Notes, write_notes
 from rl.run_folder import RunFolder
+from rollout.lineage import read_lineage, story
 from tests.dashboard_runs import RUN, XSS, make_run, metric_rows, start_server, until
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
@@ -46,6 +47,7 @@ def test_every_view_shows_what_the_rows_say_and_survives_a_killed_server(page, t
         _find_runs_by_their_notes(page, tmp_path)
 
         visit("overview")
+        _save_what_is_drawn(page, folder)
         last = [row for row in metric_rows(folder) if row["kind"] == "step"][-1]
         shown = page.inner_text("[data-metric='reward/mean'] b")
         assert float(shown) == pytest.approx(last["reward/mean"], rel=1e-2)
@@ -62,6 +64,7 @@ def test_every_view_shows_what_the_rows_say_and_survives_a_killed_server(page, t
         assert page.locator("#view tbody tr").count() == consumed > 0
 
         _read_one_episode(page, folder, db, visit)
+        _read_a_group_side_by_side(page, db, visit)
 
         assert "worker-0" in visit("workers")
         visit("ledger")
@@ -80,6 +83,56 @@ def test_every_view_shows_what_the_rows_say_and_survives_a_killed_server(page, t
         server.kill()
         server.wait(10)
         db.close()
+
+
+@pytest.mark.slow
+def test_a_chart_is_sketched_from_its_rows_until_the_library_draws_it(page, tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    held: list = []
+    server, address = start_server(tmp_path)
+    page.route(f"{address}charts.js", lambda route: held.append(route))  # a library that takes its time
+    sketched = "document.querySelector(\"[data-keys^='reward/mean'] svg.sketch path.trace\")"
+    try:
+        page.goto(f"{address}#/run/{RUN}/overview", wait_until="commit")  # it is not loaded before its library is
+        until(page, f"{sketched} !== null")
+        places = re.findall(r"([\d.]+),([\d.]+)", page.evaluate(f"{sketched}.getAttribute('d')"))
+        rewards = [row["reward/mean"] for row in metric_rows(folder) if "reward/mean" in row]
+        assert len(places) == len(rewards) == 3
+        heights = [float(y) for _, y in places]
+        shares = [(heights[0] - y) / (heights[0] - heights[-1]) for y in heights]  # the first is the lowest
+        assert shares == pytest.approx([(r - rewards[0]) / (rewards[-1] - rewards[0]) for r in rewards], abs=0.01)
+        held[0].continue_()
+        until(page, "document.querySelector(\"[data-keys^='reward/mean'] .plot-container\") !== null")
+        until(page, "document.querySelector('.sketch') === null")
+        assert page.evaluate("[...document.querySelector(\"[data-keys^='reward/mean']\").data[0].y]") == rewards
+    finally:
+        server.kill()
+        server.wait(10)
+
+
+def _save_what_is_drawn(page, folder: Path) -> None:
+    """A chart's own button gives its points as CSV."""
+    with page.expect_download() as download:
+        page.evaluate(
+            "document.querySelector(\"[data-keys^='reward/mean'] [data-title='CSV of what is drawn']\").click()"
+        )
+    lines = list(csv.reader(Path(download.value.path()).read_text().splitlines()))
+    steps = [row for row in metric_rows(folder) if "reward/mean" in row]
+    drawn = [(float(x), float(y)) for name, x, y, _ in lines[1:] if name == "reward/mean"]
+    assert lines[0] == ["name", "x", "y", ""] and drawn == [(row["step"], row["reward/mean"]) for row in steps]
+
+
+def _read_a_group_side_by_side(page, db: sqlite3.Connection, visit: Callable[[str], str]) -> None:
+    row, group = db.execute("SELECT row, group_id FROM trajectories WHERE member = 1 LIMIT 1").fetchone()
+    members = db.execute("SELECT turns FROM trajectories WHERE group_id = ?", (group,)).fetchall()
+    visit(f"trajectory/{row}?side=1")
+    shown = page.locator(".siblings.side .sibling").all_inner_texts()
+    assert len(shown) == len(members) == 2
+    for text, (turns,) in zip(shown, members, strict=True):
+        assert all(turn["message"]["content"][0]["text"] in text for turn in json.loads(turns))
+    page.click("#view a:text-is('facts alone')")
+    until(page, "document.getElementById('view').dataset.ready === location.hash && !location.hash.includes('side')")
+    assert page.locator(".siblings .message").count() == 0
 
 
 def _find_runs_by_their_notes(page, root: Path) -> None:
@@ -133,10 +186,8 @@ def _read_one_episode(page, folder: Path, db: sqlite3.Connection, visit: Callabl
     assert "<script>" in text
     shown = visit(f"trajectory/{row}")
     assert text in shown  # hostile text, as text
-    with closing(sqlite3.connect(folder / "ledger.sqlite")) as ledger:
-        sql = "SELECT attempt, step FROM groups WHERE state = 'consumed' AND group_id = ?"
-        attempt, step = ledger.execute(sql, (group,)).fetchone()
-    assert f"lineage of its group\tissued → leased {attempt}x → committed → consumed at step {step}\n" in shown
+    told = story(read_lineage(folder / "ledger.sqlite", group))
+    assert f"lineage of its group\t{told}\n" in shown and told.startswith("issued → leased to worker-0")
     assert page.locator("#view script, #view img[src=x]").count() == 0
 
     visit(f"tokens/{row}")

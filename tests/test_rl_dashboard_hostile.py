@@ -9,7 +9,7 @@ from urllib.parse import quote, urlsplit
 import pytest
 
 from tests.dashboard_runs import RUN, start_server
-from tests.hostile_run import ATTACKS, file_name, make_hostile_run, marked
+from tests.hostile_run import ATTACKS, all_marked, file_name, make_hostile_run, marked
 
 pytestmark = pytest.mark.browser
 
@@ -27,7 +27,8 @@ EPISODE = {
     *(f"trajectories.turns.reply.tool_result.{name}" for name in ("call_id", "name", "content", "error")),
 }
 SHOWN = {
-    "runs": {"run.error", "notes.note", "summary.env", "folder", "metric"},
+    "runs": {"run.error", "notes.note", "summary.env", "folder", "metric", "sweep.id"},
+    "sweep": {"sweep.id", "sweep.key", "sweep.value"},
     "overview": {"run.error", "metric", "alert.rule", "alert.text", "alert.value", "alert.threshold",
                  "trajectories.status"},
     "trajectories": {"groups.group_id", "trajectories.env_name", "trajectories.status", "trajectories.cause",
@@ -37,6 +38,8 @@ SHOWN = {
     "timeline": {"span.process", "span.activity"},
     "workers": {"span.process", "span.activity", "event.worker", "event.kind", "event.error", "trajectories.worker"},
     "ledger": {"groups.group_id", "groups.state", "groups.reason", "groups.worker", "groups.last_cause"},
+    "lineage": {"groups.group_id", "groups.state", "groups.reason", "events.event", "events.worker", "events.cause",
+                "trajectories.status", "trajectories.cause", "trajectories.stop_reason", "trajectories.worker"},
     "config": {"config.key", "config.value", "manifest.key", "manifest.value"},
     "logs": {"log.name", "log.text"},
     "events": {"event.kind", "event.worker", "event.error", "event.key", "event.more.deep", "alert.rule", "alert.level",
@@ -73,15 +76,20 @@ def _deep_links() -> list[tuple[str, str]]:
     """(view, address after "#/"), attacks in the address included."""
     found = [
         ("runs", ""),
-        *((view, f"run/{RUN}/{view}") for view in SHOWN if view not in ("runs", "trajectory", "tokens")),
+        *((view, f"run/{RUN}/{view}") for view in SHOWN if view not in ("runs", "sweep", "trajectory", "tokens")),
+        ("sweep", f"sweep/{quote(all_marked('sweep.id'), safe='')}?key=reward/mean"),
     ]
     for k, attack in enumerate(ATTACKS):
         group, metric = (
             quote(marked("groups.group_id", attack), safe=""),
             quote(f"reward/{marked('metric', attack)}", safe=""),
         )
-        found += [("trajectory", f"run/{RUN}/trajectory/{2 * k + 1}"), ("tokens", f"run/{RUN}/tokens/{2 * k + 1}")]
+        found += [
+            ("trajectory", f"run/{RUN}/trajectory/{2 * k + 1}?side=1"),
+            ("tokens", f"run/{RUN}/tokens/{2 * k + 1}"),
+        ]
         found += [("runs", f"?key={metric}&runs={RUN}"), ("ledger", f"run/{RUN}/ledger?group={group}")]
+        found += [("lineage", f"run/{RUN}/lineage/{group}?row={2 * k + 1}")]
         found += [("trajectories", f"run/{RUN}/trajectories?group={group}&text={quote(attack, safe='')}")]
         found += [("logs", f"run/{RUN}/logs?name={quote(file_name('log.name', attack), safe='')}.log")]
         found += [("none", f"run/{quote(file_name('folder', attack), safe='')}/overview")]
@@ -108,7 +116,7 @@ def test_attacks_in_every_stored_text_are_shown_as_text_by_every_view(page: Any,
         for view, link in _deep_links():
             page.evaluate("(hash) => { location.hash = hash; }", f"#/{link}")
             _settle(page, link)
-            if view in ("runs", "overview", "timeline"):
+            if view in ("runs", "sweep", "overview", "timeline"):
                 page.evaluate(HOVER)
             assert page.evaluate(FOREIGN_NODES) == [], link
             assert not page.evaluate("'attacked' in window"), link

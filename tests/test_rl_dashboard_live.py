@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -122,8 +123,27 @@ def _check_overview(page: Any, visit: Callable[..., str], folder: Path, db: sqli
         key = box.get_attribute("data-metric")
         assert float(box.locator("b").inner_text()) == _digits(newest[key], 3), key
     assert page.locator("[data-metric]").count() >= 8
+    _check_heat_maps(page, db)
     for status, count in db.execute("SELECT status, COUNT(*) FROM trajectories GROUP BY status"):
         assert f"{count} {status}" in text
+
+
+def _check_heat_maps(page: Any, db: sqlite3.Connection) -> None:
+    """Shares of staleness in each stretch of steps, and the step that a click on one of them brings."""
+    until(page, "document.querySelector('[data-heatmap=staleness]')?.data !== undefined")
+    x, y, z = page.evaluate(
+        "(() => { const { x, y, z } = document.querySelector('[data-heatmap=staleness]').data[0]; "
+        "return [[...x], [...y], z.map((row) => [...row])]; })()"
+    )
+    lags: dict[int, list[int]] = {}
+    sql = "SELECT step, step - 1 - min_version FROM trajectories WHERE status = 'consumed' AND min_version >= 0"
+    for step, lag in db.execute(sql):
+        lags.setdefault(step, []).append(lag)
+    for column, (start, end) in enumerate(pairwise(x)):
+        mine = [lag for step, found in lags.items() if start < step < end for lag in found]
+        for row, (low, high) in enumerate(pairwise(y)):
+            share = sum(low < lag < high for lag in mine) / max(len(mine), 1)
+            assert (z[row][column] or 0.0) == pytest.approx(share)
 
 
 def _check_trajectories(page: Any, address: str, visit: Callable[..., str], db: sqlite3.Connection) -> None:
@@ -169,7 +189,7 @@ def _check_tables(page: Any, visit: Callable[..., str], folder: Path, db: sqlite
     sql = "SELECT COUNT(*), SUM(num_sampled_tokens) FROM (SELECT * FROM trajectories ORDER BY row DESC LIMIT 5000)"
     episodes, tokens = db.execute(f"{sql} WHERE worker = 'worker-0'").fetchone()
     cells = page.locator("#view tbody tr", has_text="worker-0").first.locator("td").all_inner_texts()
-    assert (int(cells[4]), int(cells[5])) == (episodes, tokens)
+    assert (int(cells[5]), int(cells[6])) == (episodes, tokens) and cells[1] == "healthy"
 
     visit("ledger", "ledger")
     with sqlite3.connect(folder / "ledger.sqlite") as ledger:
@@ -177,6 +197,7 @@ def _check_tables(page: Any, visit: Callable[..., str], folder: Path, db: sqlite
     assert int(page.inner_text("[data-audit=issued] b")) == sum(states.values())
     assert int(page.inner_text("[data-audit=consumed] b")) == states["consumed"]
 
+    _check_lineage(page, visit, folder, db)
     text = visit("config")
     config = yaml.safe_load((folder / "config.yaml").read_text())
     row = page.locator("#view tbody tr", has_text="rollout.max_staleness").first.locator("td").all_inner_texts()
@@ -188,6 +209,31 @@ def _check_tables(page: Any, visit: Callable[..., str], folder: Path, db: sqlite
 
     visit("events")
     assert page.locator("#view tbody tr").count() == len(_lines(folder / "events.jsonl"))
+
+
+def _check_lineage(page: Any, visit: Callable[..., str], folder: Path, db: sqlite3.Connection) -> None:
+    """Of a trajectory that was trained, from its own page; every time is worked out from the ledger's rows."""
+    sql = "SELECT row, group_id, group_attempt, step FROM trajectories WHERE status = 'consumed' ORDER BY row DESC"
+    row, group, attempt, step = db.execute(sql).fetchone()
+    with sqlite3.connect(folder / "ledger.sqlite") as ledger:
+        sql = (
+            "SELECT e.number, e.event, e.unix_s, e.attempt FROM events e JOIN groups USING (ordinal) WHERE group_id = ?"
+        )
+        events = ledger.execute(f"{sql} ORDER BY number", (group,)).fetchall()
+        newest = ledger.execute("SELECT number FROM events ORDER BY number DESC LIMIT 100").fetchall()
+    visit(f"trajectory/{row}")
+    page.click("#view a:text-is('lineage')")
+    until(page, "document.getElementById('view').dataset.ready === location.hash && location.hash.includes('lineage')")
+    _picture(page, folder.parent, "lineage")
+    cells = [line.locator("td").all_inner_texts() for line in page.locator("[data-event]").all()]
+    assert [(c[0], float(c[2])) for c in cells] == [(e[1], _digits(e[2] - events[0][2], 4)) for e in events]
+    assert [c[0] for c in cells] == ["issued", "leased", "committed", "consumed"]
+    assert f"consumed at step {step}" in page.inner_text("#story")
+    marked = page.locator("tr.different[data-event]").count()
+    assert marked == sum(e[3] == attempt for e in events) > 0
+    visit("lineage")
+    shown = [int(line.get_attribute("data-event")) for line in page.locator("[data-event]").all()]
+    assert shown == [number for (number,) in newest]
 
 
 def _picture(page: Any, folder: Path, name: str) -> None:

@@ -1,6 +1,7 @@
 """Whole trainings in one process for tests: the real controller around a small model or a scripted engine."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from envs.outcome import EnvHost
 from envs.task_source import TaskSource, held_out_tasks
 from policy.engine import Engine
 from policy.tokenizer import ByteTokenizer
-from rl.cluster import InProcessCluster, build_pool
+from rl.cluster import InProcessCluster, LearnerClient, build_pool
 from rl.controller import Controller, Progress
 from rl.learner_service import build_learner
 from rl.monitor import Monitor
@@ -93,21 +94,28 @@ def train_in_process(
     *,
     build: Callable[[TrainConfig, str, EnvHost], RolloutWorker] | None = None,
     meanwhile: Callable[[Controller], Awaitable[None]] | None = None,
+    wrap_learner: Callable[[LearnerClient], LearnerClient] = lambda learner: learner,
+    loop: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> Run:
-    """Run the real controller to its end, `meanwhile` beside it."""
+    """Run the real controller to its end, `meanwhile` beside it. On a `loop` with a time of its own, that is the run's
+    clock."""
 
     async def run() -> Run:
+        clock = asyncio.get_running_loop().time if loop else time.monotonic
         folder = RunFolder.create(config.run.root, config.env.name, "test")
         folder.write_config(resolved_yaml(config))
+        monitor = Monitor(folder.path, config, clock=clock)
         cluster = InProcessCluster(config, build=build)
-        ledger, recorder = Ledger(folder.ledger), Recorder(folder.trajectories)
+        cluster.learner = wrap_learner(cluster.learner)
+        ledger = Ledger(folder.ledger, clock=clock, unix_clock=clock if loop else time.time)
+        recorder = Recorder(folder.trajectories)
         entries = task_entries(config)
         held_out = await held_out_tasks(entries, cluster.host, count=4, seed=config.evaluation.seed)
         controller = Controller(
             config,
             cluster=cluster,
             folder=folder,
-            monitor=Monitor(folder.path, config),
+            monitor=monitor,
             ledger=ledger,
             recorder=recorder,
             source=TaskSource(
@@ -119,11 +127,13 @@ def train_in_process(
             ),
             held_out=held_out,
             progress=Progress(),
+            clock=clock,
         )
         beside = asyncio.create_task(meanwhile(controller)) if meanwhile else None
         try:
             await controller.run()
             snapshot = await cluster.learner.snapshot()
+            monitor.close()
             return Run(controller=controller, weights=dict(snapshot.tensors), folder=folder, audit=ledger.audit())
         finally:
             if beside:
@@ -132,7 +142,8 @@ def train_in_process(
             recorder.close()
             ledger.close()
 
-    return asyncio.run(asyncio.wait_for(run(), 100))
+    with asyncio.Runner(loop_factory=loop) as runner:
+        return runner.run(asyncio.wait_for(run(), 100))
 
 
 def train_plainly(config: TrainConfig, make_engine: Callable[[], Engine]) -> dict[str, np.ndarray]:

@@ -6,14 +6,16 @@ Rows are read column by column, not through `TrajectoryReader`: an episode of 20
 import json
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rl.dashboard.folders import NotThere, Refused
+from rollout.lineage import LineageEvent, group_events, newest_events, story
 from rollout.trajectory_table import JSON_COLUMNS, SUMMARY_COLUMNS, add_missing_columns
 
 QUERY_S = 1.5
@@ -197,6 +199,29 @@ def ledger_rows(db: sqlite3.Connection, *, state: str, group: str, before: int, 
     ).fetchall()
     shown = [dict(row) for row in rows[:limit]]
     return {"rows": shown, "next": shown[-1]["ordinal"] if len(rows) > limit else None}
+
+
+def lineage_of_group(db: sqlite3.Connection, group: str) -> dict[str, Any]:
+    """Where a group of the ledger stands and how it came there: {"group", "events": oldest first, "story"}.
+
+    `story` is "" where the file does not tell the whole of it: it began before events were kept.
+    """
+    rows = ledger_rows(db, state="", group=group, before=0, limit=1)["rows"]
+    if not rows:
+        raise NotThere(f"no group {group[:200]!r} in the ledger")
+    events = group_events(db, group)
+    whole = bool(events) and events[0].event == "issued"
+    return {"group": rows[0], "events": _events(events), "story": _bounded(story(events)) if whole else ""}
+
+
+def newest_lineage(db: sqlite3.Connection, *, before: int, limit: int) -> dict[str, Any]:
+    """Events of all groups, newest first."""
+    events = newest_events(db, before=before, limit=limit + 1)
+    return {"events": _events(events[:limit]), "next": events[limit - 1].number if len(events) > limit else None}
+
+
+def _events(events: Sequence[LineageEvent]) -> list[dict[str, Any]]:
+    return [_bounded(asdict(event)) for event in events]
 
 
 def _open(uri: str) -> sqlite3.Connection:

@@ -51,7 +51,7 @@ def histograms(db: sqlite3.Connection, step: int) -> dict[str, Any]:
         f"WHERE status = 'consumed' AND row > ? AND step = ? LIMIT {MAX_HISTOGRAM_ROWS}",
         (first, step),
     ).fetchall()
-    ratios = [_ratios(db, row[0]) for row in rows if row[3]]
+    ratios = [ratios_of(db, row[0]) for row in rows if row[3]]
     return {
         "step": step,
         "n": len(rows),
@@ -76,7 +76,8 @@ def _is_alert(row: dict[str, Any]) -> bool:
     return row.get("kind") == "alert" and isinstance(row.get("rule"), str) and row.get("state") in ("raised", "cleared")
 
 
-def _ratios(db: sqlite3.Connection, row: int) -> np.ndarray:
+def ratios_of(db: sqlite3.Connection, row: int) -> np.ndarray:
+    """exp(learner - rollout) of a row's sampled tokens, of the first MAX_RATIO_TOKENS at most."""
     mask = _array(db, row, "loss_mask", "u1")
     learner, rollout = _array(db, row, "learner_logprobs", "<f4"), _array(db, row, "rollout_logprobs", "<f4")
     size = min(len(mask), len(learner), len(rollout))

@@ -12,6 +12,14 @@ MAX_LOG_BYTES = 256 * 1024
 TAIL_BYTES = 4 * 2**20
 """Of events.jsonl and spans.jsonl, what is looked at from the end."""
 
+STATES = {
+    "worker_lost": "lost",
+    "worker_restart_timeout": "lost",
+    "worker_restarted": "healthy",
+    "worker_retired": "retired",
+}
+"""Event -> state of its worker from then on."""
+
 
 def list_logs(folder: RunFolder) -> list[dict[str, Any]]:
     """Name and bytes of every log file that is really one."""
@@ -75,11 +83,14 @@ def workers(folder: RunFolder) -> dict[str, Any]:
                 "event": event.get("kind"),
                 "error": event.get("error") or event.get("cause") or event.get("reason"),
             }
+            known["state"] = STATES.get(str(event.get("kind")), known.get("state"))
             known["restarts"] = known.get("restarts", 0) + (event.get("kind") == "worker_restarted")
     if folder.trajectories.is_file():
         with database.reading(confined(folder, folder.trajectories)) as db:
             for row in database.worker_rows(db):
                 found.setdefault(row["worker"], {"process": row["worker"]}).update(row)
+    for known in found.values():  # who made episodes and never got into trouble
+        known["state"] = known.get("state") or ("healthy" if known.get("episodes") else None)
     return {"workers": [found[name] for name in sorted(found)], "episodes_of": database.RECENT}
 
 

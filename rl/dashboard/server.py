@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from rl.dashboard import database, overview, processes
+from rl.dashboard import database, heat_maps, overview, processes, sweeps
 from rl.dashboard.folders import NotThere, Refused, config_group, confined, find_run, read_text
 from rl.dashboard.metrics import AXES, MetricTables
 from rl.dashboard.security import Access, Guard
@@ -67,8 +67,17 @@ class Dashboard:
             said = read_notes(run.path)
             notes = {"note": said.note, "tags": said.tags}
             told = {"run": run.name, "fault": run.fault, "error": state.error if state else ""}
-            found.append({**told, **notes, **facts, **summary, "group": config_group(RunFolder(path=run.path))})
+            folder = RunFolder(path=run.path)
+            place = sweeps.place_in_sweep(folder)
+            of = {"group": config_group(folder), "sweep": place["id"] if place else ""}
+            found.append({**told, **notes, **facts, **summary, **of})
         return {"runs": found}
+
+    def sweep(self, query: Mapping[str, str]) -> dict[str, Any]:
+        """`id`: which one."""
+        name = query.get("id", "")
+        placed = ((run, sweeps.place_in_sweep(RunFolder(path=run.path))) for run in list_runs(self.root))
+        return sweeps.compare(name, [(run, place) for run, place in placed if place and place["id"] == name][:MAX_RUNS])
 
     def run(self, folder: RunFolder, _: Mapping[str, str]) -> dict[str, Any]:
         """State, result, newest step and evaluation; where its metrics.jsonl and events.jsonl were read to."""
@@ -94,6 +103,9 @@ class Dashboard:
     def histograms(self, folder: RunFolder, query: Mapping[str, str]) -> dict[str, Any]:
         step = _whole(query, "step", 0, 0, 2**62)
         return self._database(folder, lambda db: overview.histograms(db, step), {"step": 0, "n": 0})
+
+    def heatmaps(self, folder: RunFolder, _: Mapping[str, str]) -> dict[str, Any]:
+        return self._database(folder, heat_maps.heat_maps, {"steps": []})
 
     def series(self, folder: RunFolder, query: Mapping[str, str]) -> dict[str, Any]:
         keys = [key for key in query.get("keys", "").split(",") if key]
@@ -145,6 +157,13 @@ class Dashboard:
         except LedgerError as error:
             raise Refused(str(error)) from error
 
+    def lineage(self, folder: RunFolder, query: Mapping[str, str]) -> dict[str, Any]:
+        before, limit = _whole(query, "before", 0, 0, 2**62), _whole(query, "limit", 100, 1, database.MAX_ROWS)
+        with database.reading(confined(folder, folder.ledger)) as db:
+            if "group" in query:
+                return database.lineage_of_group(db, query["group"])
+            return database.newest_lineage(db, before=before, limit=limit)
+
     def config(self, folder: RunFolder, _: Mapping[str, str]) -> dict[str, Any]:
         values = _flat(_yaml(read_text(folder, folder.config, MAX_FILE_BYTES)))
         return {"config": values, "manifest": _mapping(read_text(folder, folder.manifest, MAX_FILE_BYTES))}
@@ -179,6 +198,7 @@ def make_app(root: Path, access: Access, stop: Stop | None = None) -> Guard:
     of_run = (
         "glance",
         "histograms",
+        "heatmaps",
         "series",
         "trajectories",
         "facets",
@@ -186,6 +206,7 @@ def make_app(root: Path, access: Access, stop: Stop | None = None) -> Guard:
         "tokens",
         "workers",
         "ledger",
+        "lineage",
         "config",
         "logs",
         "events",
@@ -195,6 +216,7 @@ def make_app(root: Path, access: Access, stop: Stop | None = None) -> Guard:
         Route("/static/{name}", send_static),
         Route("/charts.js", charts.send),
         Route("/api/runs", _answer(board, board.runs)),
+        Route("/api/sweep", _answer(board, board.sweep)),
         Route("/api/runs/{run}", _answer_of_run(board, board.run)),
         *(Route(f"/api/runs/{{run}}/{name}", _answer_of_run(board, getattr(board, name))) for name in of_run),
         Route("/api/runs/{run}/spans", _answer_of_run(board, board.spans)),

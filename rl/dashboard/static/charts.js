@@ -1,7 +1,9 @@
 // Charts by plotly, whose JavaScript the server takes out of the installed Python package. index.html begins to load it
 // beside our own modules; whoever draws waits for it.
 
-const COLORS = ["#1f77b4", "#d95f02", "#2b9348", "#7b4fb5", "#c2185b", "#8c6d31", "#00838f", "#616161"];
+import { clearSketch } from "./sketch.js";
+
+export const COLORS = ["#1f77b4", "#d95f02", "#2b9348", "#7b4fb5", "#c2185b", "#8c6d31", "#00838f", "#616161"];
 let loading = null;
 
 export function library() {
@@ -22,6 +24,7 @@ const plain = (name) => String(name).replaceAll("<", "‹").replaceAll("&", "＆
 export async function drawLines(node, lines, { title = "", log = false, xTitle = "" } = {}) {
   const plotly = await library();
   if (!node.isConnected) return;
+  clearSketch(node);
   const traces = [];
   lines.forEach((line, i) => {
     const color = COLORS[i % COLORS.length];
@@ -61,6 +64,25 @@ export async function drawHistograms(nodes, panels) {
   }));
 }
 
+// panels: [{name, edges, counts, log?}] over columns of steps; a cell's color is its share of its column. A click on a
+// column calls onstep with its last step.
+export async function drawHeatMaps(nodes, steps, panels, onstep) {
+  const plotly = await library();
+  await Promise.all(panels.map(async ({ name, edges, counts, log }, i) => {
+    if (!nodes[i].isConnected) return;
+    const totals = counts.map((column) => column.reduce((a, b) => a + b, 0) || 1);
+    const z = counts[0].map((_, bin) => counts.map((column, k) => (column[bin] ? column[bin] / totals[k] : null)));
+    const cells = { type: "heatmap", x: [...steps.map(([first]) => first - 0.5), steps[steps.length - 1][1] + 0.5], y: edges, z,
+      colorscale: [[0, "#e8f0f7"], [1, "#0b3d68"]], zmin: 0, zmax: 1, showscale: false,
+      hovertemplate: "step %{x}: %{z:.0%} at %{y}<extra></extra>" };
+    await plotly.react(nodes[i], [cells], layout(name, { log, xTitle: "step" }), options(name));
+    nodes[i].on("plotly_click", ({ points }) => {
+      const column = steps.find(([, last]) => points[0].x <= last + 0.5);
+      if (column) onstep(column[1]);
+    });
+  }));
+}
+
 export async function forget(nodes) {
   if (loading) nodes.forEach((node) => window.Plotly && window.Plotly.purge(node));
 }
@@ -76,7 +98,31 @@ function layout(title, { log = false, xTitle = "", legend = false } = {}) {
 
 function options(title) {
   const filename = title.replace(/[^a-z0-9]+/gi, "-") || "chart";
-  return { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"], toImageButtonOptions: { format: "png", filename, scale: 2 } };
+  const csv = { name: "csv", title: "CSV of what is drawn", icon: window.Plotly.Icons.disk, click: (node) => save(csvOf(node.data), `${filename}.csv`) };
+  return { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"], modeBarButtonsToAdd: [csv], toImageButtonOptions: { format: "png", filename, scale: 2 } };
+}
+
+// One line for each point: name, x, y, and z of a heat map, start of a bar. A spreadsheet must not take a name for a formula.
+export function csvOf(traces) {
+  const cell = (value) => {
+    const text = value === null || value === undefined ? "" : typeof value === "string" && /^[=+\-@\t\r]/.test(value) ? `'${value}` : String(value);
+    return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  };
+  const rows = traces.filter((trace) => trace.hoverinfo !== "skip").flatMap((trace) => {
+    const name = trace.name || "";
+    if (trace.z) return trace.z.flatMap((line, i) => Array.from(line, (value, k) => [name, trace.x[k], trace.y[i], value]));
+    return Array.from(trace.x, (x, i) => [name, x, trace.y[i], trace.base ? trace.base[i] : ""]);
+  });
+  const last = traces.some((trace) => trace.z) ? "share" : traces.some((trace) => trace.base) ? "start" : "";
+  return [["name", "x", "y", last], ...rows].map((row) => row.map(cell).join(",")).join("\n") + "\n";
+}
+
+function save(text, name) {
+  const anchor = document.createElement("a");
+  anchor.href = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
+  anchor.download = name;
+  anchor.click();
+  setTimeout(() => URL.revokeObjectURL(anchor.href), 1000);
 }
 
 // Exponential moving average that ignores gaps; weight 0 changes nothing.
@@ -89,11 +135,27 @@ export function smooth(values, weight) {
   });
 }
 
-// Mean and range over lines at the x values that all of them have.
+// Mean and range over lines, at the x values of the longest within what all of them cover; between two points of a line
+// lies the straight line, for seeds agree in their steps but not in their tokens and seconds.
 export function meanBand(name, lines) {
-  const maps = lines.map((line) => new Map(line.x.map((x, i) => [x, line.y[i]])));
-  const x = lines[0].x.filter((at) => maps.every((map) => map.has(at) && map.get(at) !== null));
-  const columns = x.map((at) => maps.map((map) => map.get(at)));
+  const known = lines.map((line) => line.x.map((x, i) => [x, line.y[i]]).filter(([, y]) => y !== null));
+  if (known.some((points) => !points.length)) return { name, x: [], y: [], band: { low: [], high: [] } };
+  const start = Math.max(...known.map((points) => points[0][0]));
+  const end = Math.min(...known.map((points) => points[points.length - 1][0]));
+  const longest = known.reduce((a, b) => (b.length > a.length ? b : a));
+  const x = longest.map(([at]) => at).filter((at) => at >= start && at <= end);
+  const read = known.map(reader);
+  const columns = x.map((at) => read.map((value) => value(at)));
   const y = columns.map((column) => column.reduce((a, b) => a + b, 0) / column.length);
   return { name, x, y, band: { low: columns.map((c) => Math.min(...c)), high: columns.map((c) => Math.max(...c)) } };
+}
+
+// at -> y of sorted points, for growing `at`
+function reader(points) {
+  let i = 0;
+  return (at) => {
+    while (i < points.length - 1 && points[i + 1][0] <= at) i += 1;
+    const [[x, y], [x2, y2]] = [points[i], points[Math.min(i + 1, points.length - 1)]];
+    return x === at || x2 === x ? y : y + ((y2 - y) * (at - x)) / (x2 - x);
+  };
 }

@@ -26,6 +26,12 @@ export function num(value, digits = 4) {
   return Number.isInteger(value) ? String(value) : String(Number(value.toPrecision(digits)));
 }
 
+// Seconds since 1970 as UTC; a file may hold any number.
+export function utc(seconds) {
+  const at = new Date(seconds * 1000);
+  return Number.isNaN(at.getTime()) ? num(seconds) : at.toISOString().slice(0, 19).replace("T", " ");
+}
+
 export function text(value) {
   if (value === null || value === undefined) return "";
   return typeof value === "object" ? JSON.stringify(value) : String(value);

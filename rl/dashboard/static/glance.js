@@ -1,7 +1,7 @@
 // The top and the foot of the overview: what limits the run, its alerts, and how one step's trajectories were spread.
 
 import { ask } from "./api.js";
-import { drawHistograms } from "./charts.js";
+import { drawHeatMaps, drawHistograms } from "./charts.js";
 import { el, fill, num, table, text } from "./dom.js";
 
 const SPREADS = [["staleness", "staleness (versions)"], ["ratio", "ratio exp(learner - rollout)"], ["length", "length (tokens)"]];
@@ -19,8 +19,8 @@ export function alertsNode({ limit, sentence, active, alerts }) {
   return [line, lasting, el("details", { id: "alerts", open: active.length > 0 }, el("summary", {}, `${alerts.length} alerts, ${active.length} active`), rows)].flat();
 }
 
-// Drawn when it comes; the overview does not wait for it.
-export function histogramsNode(run, step, signal) {
+// Begun when the overview's own charts are `drawn`, so that the first of them does not wait.
+export function histogramsNode(run, step, signal, drawn) {
   const title = el("span", {});
   const grid = el("div", { class: "grid" });
   const draw = async (asked) => {
@@ -34,6 +34,24 @@ export function histogramsNode(run, step, signal) {
   };
   const later = (asked) => draw(asked).catch((error) => { if (!signal.aborted) fill(title, error.message); });
   const input = el("input", { size: 5, value: step, "aria-label": "step of the histograms", onchange: () => later(input.value) });
-  later(step);
-  return el("section", {}, el("h2", {}, "One step"), el("p", {}, title, "step ", input), grid);
+  drawn.then(() => later(step));
+  return el("section", {}, el("h2", {}, "One step"), el("p", {}, title, "step ", input), grid, heatMapsNode(run, later, signal, drawn));
+}
+
+// The same three over all steps; a click on a column shows its last step above.
+function heatMapsNode(run, onstep, signal, drawn) {
+  const grid = el("div", { class: "grid" });
+  const words = el("p", { class: "dim" });
+  const draw = async () => {
+    const found = await ask(["runs", run, "heatmaps"], {}, signal);
+    const shown = SPREADS.filter(([name]) => found[name]?.counts);
+    if (!shown.length) return;
+    fill(words, "All steps: a column is a stretch of steps, a cell its share of what the stretch trained; a click shows that step above. "
+      + "Ratios are of a few trajectories of each stretch, and the outermost bins hold what lies beyond.");
+    const nodes = shown.map(([name]) => el("div", { class: "chart", "data-heatmap": name }));
+    fill(grid, nodes);
+    await drawHeatMaps(nodes, found.steps, shown.map(([name, title]) => ({ ...found[name], name: title, log: name === "ratio" })), onstep);
+  };
+  drawn.then(draw).catch((error) => { if (!signal.aborted) fill(words, error.message); });
+  return el("div", {}, words, grid);
 }

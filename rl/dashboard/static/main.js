@@ -1,16 +1,19 @@
 // The page: one view at a time, named by the part of the address after "#".
 //   #/                       runs            #/run/ID/overview        panels
+//   #/sweep/ID               runs of one sweep
 //   #/run/ID/trajectories?env=..             #/run/ID/trajectory/12?token=40
 
 import { el, fill, link } from "./dom.js";
 import { runsView } from "./runs.js";
+import { sweepView } from "./sweep.js";
 import { overviewView } from "./overview.js";
 import { trajectoriesView } from "./trajectories.js";
 import { trajectoryView } from "./trajectory.js";
 import { tokensView } from "./tokens.js";
+import { lineageView } from "./lineage.js";
 import { configView, eventsView, ledgerView, logsView, timelineView, workersView } from "./tables.js";
 
-const VIEWS = { overview: overviewView, trajectories: trajectoriesView, timeline: timelineView, workers: workersView,
+const VIEWS = { overview: overviewView, trajectories: trajectoriesView, lineage: lineageView, timeline: timelineView, workers: workersView,
   ledger: ledgerView, config: configView, logs: logsView, events: eventsView };
 const DETAILS = { trajectory: trajectoryView, tokens: tokensView };
 let current = null;
@@ -30,11 +33,12 @@ async function show() {
   try {
     const { parts, query } = readHash();
     const [, run, name = "overview", key] = parts;
-    navigation(run, name);
+    navigation(parts[0] === "sweep" ? undefined : run, name);
     fill(view, el("p", { class: "dim" }, "loading"));
-    if (parts[0] !== "run" || !run) await runsView(view, query, signal);
+    if (parts[0] === "sweep" && run) await sweepView(view, run, query, signal);
+    else if (parts[0] !== "run" || !run) await runsView(view, query, signal);
     else if (DETAILS[name]) await DETAILS[name](view, run, key, query, signal);
-    else if (VIEWS[name]) await VIEWS[name](view, run, query, signal);
+    else if (VIEWS[name]) await VIEWS[name](view, run, query, signal, key);
     else throw new Error(`there is no view ${name}`);
     if (!signal.aborted) view.setAttribute("data-ready", location.hash || "#/");
   } catch (error) {

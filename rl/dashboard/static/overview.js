@@ -1,8 +1,9 @@
 // One run at a glance: state, newest numbers, panels A to G. New lines are added to the charts as they are written.
 
 import { ask, follow } from "./api.js";
-import { drawLines, library } from "./charts.js";
+import { COLORS, drawLines, library } from "./charts.js";
 import { el, fill, link, num } from "./dom.js";
+import { sketch } from "./sketch.js";
 import { alertsNode, glanceOf, histogramsNode } from "./glance.js";
 
 // Names as in docs/runs.md. A name that ends in * stands for all that begin so.
@@ -32,6 +33,7 @@ export async function overviewView(view, run, query, signal) {
   const numbers = el("div", { class: "numbers" });
   const counts = Object.entries(facts.trajectories).map(([status, n]) => link(["run", run, "trajectories"], { status }, `${n} ${status} `));
   const charts = [];
+  let allDrawn = () => {};
   const panels = PANELS.map(([title, groups]) => {
     const found = groups.map((names) => expand(names, known)).filter((names) => names.length);
     if (!found.length) return null;
@@ -42,28 +44,31 @@ export async function overviewView(view, run, query, signal) {
     })));
   });
   fill(view, el("h1", {}, run), glance, state, el("p", {}, "trajectories: ", counts.length ? counts : "none yet"), numbers, panels,
-    histogramsNode(run, query.step || "", signal));
+    histogramsNode(run, query.step || "", signal, new Promise((resolve) => { allDrawn = resolve; })));
   showState(state, facts.state);
   showNumbers(numbers, latest);
 
   const store = {};
   let cursor = facts.cursor;
-  const load = async () => {
-    const keys = [...new Set(charts.flatMap((chart) => chart.keys))].slice(0, 250).join(",");
+  const load = async (chosen) => {
+    const keys = [...new Set(chosen.flatMap((chart) => chart.keys))].slice(0, 250).join(",");
     if (!keys) return;
     const answer = await ask(["runs", run, "series"], { keys, max_points: 500, axis: "step" }, signal);
     Object.assign(store, answer.series);
     cursor = answer.cursor;
+    for (const { node, keys: names } of charts) if (names.every((key) => store[key])) sketch(node, linesOf(names), { title: titleOf(names), colors: COLORS });
   };
-  await load();
+  const linesOf = (keys) => keys.map((key) => ({ name: key, x: store[key].step, y: store[key].y }));
+  const titleOf = (keys) => (keys.length > 1 ? "" : keys[0]);
+  await load(charts.slice(0, 1)); // a small question: the first chart is there while the rest is read
+  if (charts.length > 1) await load(charts);
   // Numbers count the lines that the page has, so that a test can see that none came twice.
   // One after the other with a pause for the browser to paint: the first chart does not wait for the last.
   const draw = async () => {
     for (const { node, keys } of charts) {
       if (signal.aborted || !keys.every((key) => store[key])) continue;
-      const lines = keys.map((key) => ({ name: key, x: store[key].step, y: store[key].y }));
       node.setAttribute("data-points", store[keys[0]].n);
-      await drawLines(node, lines, { title: keys.length > 1 ? "" : keys[0], xTitle: "step" });
+      await drawLines(node, linesOf(keys), { title: titleOf(keys), xTitle: "step" });
       await new Promise((resolve) => { setTimeout(resolve); });
     }
   };
@@ -79,13 +84,14 @@ export async function overviewView(view, run, query, signal) {
       for (const row of rows) for (const key of NUMBERS) if (key in row) latest[key] = row[key];
       showNumbers(numbers, latest);
       judge();
-      if (!due) due = setTimeout(() => { due = null; if (!signal.aborted) draw(); }, 500);
+      if (!due) due = setTimeout(() => { due = null; if (!signal.aborted) draw(); }, 300);
     },
     event: ({ rows }) => { if (rows.some((row) => row.kind === "alert")) judge(); },
     state: (now) => showState(state, now),
     reset: () => window.dispatchEvent(new HashChangeEvent("hashchange")), // the run went back to a checkpoint
   }, signal);
   await started;
+  allDrawn();
 }
 
 function append(store, row) {

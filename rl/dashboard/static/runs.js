@@ -2,9 +2,9 @@
 
 import { address, ask } from "./api.js";
 import { drawLines, meanBand, smooth } from "./charts.js";
-import { el, fill, hash, link, num, select, table } from "./dom.js";
+import { el, fill, hash, link, num, select, table, utc } from "./dom.js";
 
-const AXES = [["step", "step"], ["tokens", "trained tokens"], ["trajectories", "trajectories"], ["time_s", "wall time (s)"]];
+export const AXES = [["step", "step"], ["tokens", "trained tokens"], ["trajectories", "trajectories"], ["time_s", "wall time (s)"]];
 
 export async function runsView(view, query, signal) {
   const { runs } = await ask(["runs"], {}, signal);
@@ -41,9 +41,10 @@ export async function runsView(view, query, signal) {
       ["status", (run) => el("span", { class: run.status === "failed" || run.status === "crashed" || run.fault ? "bad" : null, title: run.error || run.fault }, run.status || "unreadable")],
       ["step", (run) => num(run.step), true],
       ["settings", (run) => (run.group ? el("button", { title: "tick the runs of equal settings, all but the seed", onclick: () => together(run.group) }, run.group.slice(0, 4)) : "")],
+      ["sweep", (run) => (run.sweep ? link(["sweep", run.sweep], {}, run.sweep) : "")],
       ["env", (run) => run.env || ""], ["seed", (run) => num(run.seed), true],
       ["success before", (run) => num(run.success_before, 3), true], ["success after", (run) => num(run.success_after, 3), true],
-      ["started", (run) => (run.started_s ? new Date(run.started_s * 1000).toISOString().slice(0, 16).replace("T", " ") : "")],
+      ["started", (run) => (run.started_s ? utc(run.started_s).slice(0, 16) : "")],
       ["tags", (run) => run.tags.join(" ")], ["note", (run) => el("div", { class: "text" }, run.note)],
     ], shown));
 

@@ -3,11 +3,13 @@
 import { address, ask, follow } from "./api.js";
 import { drawTimeline } from "./charts.js";
 import { el, fill, hash, link, num, select, table, text } from "./dom.js";
+import { short } from "./lineage.js";
 
 export async function workersView(view, run, query, signal) {
   const { workers, episodes_of: recent } = await ask(["runs", run, "workers"], {}, signal);
   fill(view, el("h1", {}, "Workers"), el("p", { class: "dim" }, `Episodes, tokens and rates are of the newest ${recent} trajectories.`),
-    table([["process", (w) => w.process], ["last did", (w) => text(w.activity)], ["until (s)", (w) => num(w.last_s), true],
+    table([["process", (w) => w.process],
+      ["state", (w) => el("span", { class: w.state === "lost" || w.state === "retired" ? "bad" : null }, text(w.state))], ["last did", (w) => text(w.activity)], ["until (s)", (w) => num(w.last_s), true],
       ["policy version", (w) => num(w.version), true], ["episodes", (w) => num(w.episodes), true], ["tokens", (w) => num(w.tokens), true],
       ["tokens per second of an episode", (w) => num(w.tok_s, 3), true], ["environment errors", (w) => num(w.errors), true],
       ["restarts", (w) => num(w.restarts || 0), true], ["last event", (w) => text(w.event)], ["last error", (w) => text(w.error)]], workers));
@@ -26,19 +28,8 @@ export async function ledgerView(view, run, query, signal) {
     siblings ? el("p", {}, link(["run", run, "trajectories"], { group: query.group }, `${siblings.rows.length} trajectories of ${query.group}`)) : null,
     el("div", { class: "bar" }, select([["", "any state"], ...states.map((s) => [s, s])], query.state || "", (state) => { location.hash = hash(["run", run, "ledger"], { state }); })),
     table([["#", (g) => g.ordinal, true], ["group", (g) => link(["run", run, "trajectories"], { group: g.group_id }, g.group_id)], ["state", (g) => g.state],
-      ["lineage", lineage], ["worker", (g) => text(g.worker)], ["last trouble", (g) => text(g.last_cause)]], rows),
+      ["lineage", (g) => link(["run", run, "lineage", g.group_id], {}, short(g))], ["worker", (g) => text(g.worker)], ["last trouble", (g) => text(g.last_cause)]], rows),
     el("p", {}, next ? link(["run", run, "ledger"], { state: query.state, before: next }, "older") : "no more"));
-}
-
-export function lineage(group) {
-  const story = ["issued"];
-  if (group.attempt) story.push(`leased ${group.attempt}x`);
-  if (group.redispatched) story.push(`given out again ${group.redispatched}x`);
-  if (group.refused_commits) story.push(`${group.refused_commits} late answers refused`);
-  if (group.state === "committed") story.push("committed, waits for the learner");
-  if (group.state === "consumed") story.push("committed", `consumed at step ${group.step}`);
-  if (group.state === "dropped") story.push(`dropped: ${group.reason}`);
-  return story.join(" → ");
 }
 
 export async function configView(view, run, query, signal) {
