@@ -79,7 +79,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "engine.threads": (1, inf),
     "engine.vllm.kv_cache_mib": (1, inf),
     "engine.vllm.tensor_parallel": (1, inf),
-    "engine.vllm.speculative_tokens": (0, 16),
     "rollout.max_staleness": (0, inf),
     "rollout.groups_per_step": (1, inf),
     "rollout.group_size": (2, inf),
@@ -132,7 +131,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "sft.steps": (1, inf),
     "sft.batch_size": (1, inf),
     "sft.warmup_steps": (0, inf),
-    "sft.noise_from_level": (0, 9),
+    "sft.noise_from_level": (0, 10),
 }
 """Lowest and highest allowed value, both included."""
 
@@ -168,7 +167,6 @@ VLLM_ARGUMENTS = {
     "tensor_parallel_size": "engine.vllm.tensor_parallel",
     "data_parallel_size": "rollout.workers",
     "kv_cache_dtype": "engine.vllm.kv_cache_dtype",
-    "speculative_config": "engine.vllm.speculative_tokens",
     "enable_prefix_caching": "engine.vllm.prefix_cache",
     "enforce_eager": "engine.vllm.enforce_eager",
     "weight_transfer_config": "engine.vllm.transport",
@@ -186,6 +184,7 @@ VLLM_FIXED = {
     "logprobs_mode": "the learner computes logprobs of one kind",
     "quantization": "weights that change while they load cannot be compared with the snapshot",
     "skip_tokenizer_init": "engines know tokens alone",
+    "speculative_config": "an MTP layer or a draft model proposes, which the learner does not train: stale at once",
     "worker_extension_cls": "weights and routes pass through Shoal's own",
 }
 """Argument of vLLM's -> why nothing may change it."""
@@ -379,11 +378,6 @@ def _vllm_problems(config: TrainConfig) -> Iterator[str]:
             yield f"engine.vllm.extra.{name} is decided by {VLLM_ARGUMENTS[name]}: set that one"
         if name in VLLM_FIXED:
             yield f"engine.vllm.extra.{name} cannot be set: {VLLM_FIXED[name]}"
-    if vllm.speculative_tokens:
-        yield (
-            f"engine.vllm.speculative_tokens={vllm.speculative_tokens} must be 0: a checkpoint's MTP layer would "
-            "propose them, which the learner neither trains nor publishes, so that it is stale after the first update"
-        )
     if vllm.transport == "nccl":
         yield (
             "engine.vllm.transport=nccl is not written yet: its group of GPUs is fixed when it is made, and workers "

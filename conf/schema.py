@@ -125,8 +125,6 @@ class VllmConfig:
     """Devices that share one copy of the weights."""
     kv_cache_dtype: str = "auto"
     """Of cached keys and values; "auto" = `dtype`."""
-    speculative_tokens: int = 0
-    """Tokens that the checkpoint's own MTP layer proposes ahead; 0 = off, and must be while it is not trained."""
     prefix_cache: bool = False
     """Reuse the state of equal prompt beginnings, in whole blocks."""
     # --- advanced ---
@@ -391,10 +389,9 @@ class SftConfig:
     """Highest learning rate; a cosine takes it to 10% at the last step."""
     warmup_steps: int = 30
     """Steps over which the rate rises to lr."""
-    noise: bool = True
-    """Use the environment's noisy demonstrations; false = the oracle's."""
     noise_from_level: int = 0
-    """Lowest level that is demonstrated with noise: who shows a task errs on hard ones rather than on easy ones."""
+    """Lowest level whose demonstrations are the environment's noisy ones: who shows a task errs on hard ones rather
+    than on easy ones. 10 = none are."""
     output: str = ""
     """Where the weights go; "" = a run folder."""
 

@@ -72,7 +72,6 @@ class VllmCore:
 
     def _arguments(self, folder: str) -> dict[str, Any]:
         own = self._config.vllm
-        speculative = {"method": "mtp", "num_speculative_tokens": own.speculative_tokens}
         arguments: dict[str, Any] = {
             "model": folder,
             "load_format": "dummy",  # shapes come from the folder, weights from the learner
@@ -86,7 +85,6 @@ class VllmCore:
             "kv_cache_dtype": own.kv_cache_dtype,
             "tensor_parallel_size": own.tensor_parallel,
             "enable_prefix_caching": own.prefix_cache,
-            "speculative_config": speculative if own.speculative_tokens else None,
             "async_scheduling": False,  # a step returns its own tokens, so they are of the weights that serve now
             "logprobs_mode": "processed_logprobs",
             "worker_extension_cls": "policy.vllm_worker.WorkerExtension",

@@ -43,6 +43,8 @@ from rl.train import evaluation_levels, task_entries
 from rollout.renderer import Renderer, make_renderer
 
 GRAD_CLIP = 1.0
+NO_NOISE = 10
+"""Above every level."""
 FINAL_STEPS = 20
 """The final loss is the mean over this many last steps."""
 
@@ -82,9 +84,9 @@ class WarmStartCard:
     """Of the safetensors file."""
 
 
-def demonstrate_tasks(tasks: Sequence[Task], *, noise: bool, noise_from_level: int = 0) -> list[Demonstration]:
-    """One demonstration of each task, by its environment's `noisy_oracle`, or by its `oracle` where noise is off or the
-    task's level is below `noise_from_level`.
+def demonstrate_tasks(tasks: Sequence[Task], *, noise_from_level: int = NO_NOISE) -> list[Demonstration]:
+    """One demonstration of each task, by its environment's `noisy_oracle`, or by its `oracle` where its level is below
+    `noise_from_level`.
 
     One environment per id and constructor arguments is made and reset for each task.
     """
@@ -96,7 +98,7 @@ def demonstrate_tasks(tasks: Sequence[Task], *, noise: bool, noise_from_level: i
             key = f"{task.env_id} {json.dumps(task.kwargs, sort_keys=True, default=str)}"
             if key not in envs:
                 envs[key] = make_env(task.env_id, **task.kwargs)
-            errs = noise and task.level >= noise_from_level
+            errs = task.level >= noise_from_level
             rng = random.Random(f"{task.seed}/{task.level}/demonstration") if errs else None
             demonstrations.append(await ademonstrate(envs[key], task.seed, task.level, rng))
         for env in envs.values():
@@ -223,7 +225,7 @@ def main(config: TrainConfig) -> int:
     path = folder.path / "model.safetensors" if folder else Path(config.sft.output)
     renderer = make_renderer(config.policy)
     tasks = asyncio.run(training_tasks(config, config.sft.steps * config.sft.batch_size))
-    demonstrations = demonstrate_tasks(tasks, noise=config.sft.noise, noise_from_level=config.sft.noise_from_level)
+    demonstrations = demonstrate_tasks(tasks, noise_from_level=config.sft.noise_from_level)
     right = float(np.mean([demonstration.reward for demonstration in demonstrations]))
     print(f"{len(tasks)} demonstrations of {config.env.name}, mean reward {right:.3f}")
     model = load_policy_model(config.policy, seed=config.seed)

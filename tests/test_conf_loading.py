@@ -276,7 +276,10 @@ IMPOSSIBLE = [
     (["policy=hf", "policy.path=x", "policy.overrides.a=1"], ["policy.overrides={'a': 1} has no effect"]),
     (["policy.path=x"], ["policy.path='x' has no effect"]),
     (["engine.vllm.kv_cache_mib=8"], ["engine.vllm.kv_cache_mib=8 has no effect", "engine.kind=local"]),
-    (["engine=vllm", "engine.vllm.speculative_tokens=1"], ["engine.vllm.speculative_tokens=1", "MTP", "stale"]),
+    (
+        ["engine=vllm", "engine.vllm.extra.speculative_config={method: mtp}"],
+        ["engine.vllm.extra.speculative_config", "MTP", "stale"],
+    ),
     (["engine=vllm", "engine.vllm.extra.dtype=half"], ["engine.vllm.extra.dtype", "set that one"]),
     (["engine=vllm", "engine.vllm.extra.quantization=fp8"], ["engine.vllm.extra.quantization", "compared"]),
     (["engine=vllm", "engine.vllm.extra.async_scheduling=true"], ["engine.vllm.extra.async_scheduling"]),

@@ -67,10 +67,10 @@ def test_a_row_grows_like_an_episode_and_learns_only_what_the_assistant_says() -
 
 def test_without_noise_every_demonstration_is_right_and_with_noise_some_are_not() -> None:
     tasks = calculator_tasks(40)
-    assert {d.reward for d in demonstrate_tasks(tasks, noise=False)} == {1.0}
-    noisy = demonstrate_tasks(tasks, noise=True)
+    assert {d.reward for d in demonstrate_tasks(tasks, noise_from_level=10)} == {1.0}
+    noisy = demonstrate_tasks(tasks, noise_from_level=0)
     assert {d.reward for d in noisy} == {0.0, 1.0}
-    again = demonstrate_tasks(tasks, noise=True)
+    again = demonstrate_tasks(tasks, noise_from_level=0)
     for one, other in zip(noisy, again, strict=True):
         ids = [demonstration_row(d, TinyRenderer()).token_ids.tolist() for d in (one, other)]
         assert ids[0] == ids[1]
@@ -78,14 +78,14 @@ def test_without_noise_every_demonstration_is_right_and_with_noise_some_are_not(
 
 def test_levels_below_the_noise_are_demonstrated_without_a_mistake() -> None:
     tasks = [replace(task, level=index % 3) for index, task in enumerate(calculator_tasks(90))]
-    demonstrations = demonstrate_tasks(tasks, noise=True, noise_from_level=2)
+    demonstrations = demonstrate_tasks(tasks, noise_from_level=2)
     rewards = {level: {d.reward for d in demonstrations[level::3]} for level in range(3)}
     assert rewards == {0: {1.0}, 1: {1.0}, 2: {0.0, 1.0}}
 
 
 def test_training_lowers_the_loss_and_is_the_same_bits_for_a_seed() -> None:
     tasks = calculator_tasks(32)
-    rows = [demonstration_row(d, TinyRenderer()) for d in demonstrate_tasks(tasks, noise=False)]
+    rows = [demonstration_row(d, TinyRenderer()) for d in demonstrate_tasks(tasks, noise_from_level=10)]
     config = SftConfig(steps=12, batch_size=8, lr=2e-2, warmup_steps=2)
     weights = []
     for seed in (1, 1, 2):
@@ -98,7 +98,7 @@ def test_training_lowers_the_loss_and_is_the_same_bits_for_a_seed() -> None:
 
 
 def test_the_loss_does_not_depend_on_the_size_of_a_forward() -> None:
-    rows = [demonstration_row(d, TinyRenderer()) for d in demonstrate_tasks(calculator_tasks(8), noise=True)]
+    rows = [demonstration_row(d, TinyRenderer()) for d in demonstrate_tasks(calculator_tasks(8), noise_from_level=0)]
     config = SftConfig(steps=1, batch_size=8)
     losses = [
         supervised_fine_tune(load_policy_model(CONFIG.policy, seed=0), rows, config, seed=1, max_tokens=n)[0]
@@ -147,7 +147,7 @@ def test_demonstrated_problems_are_never_held_out_also_in_a_mix() -> None:
 
     held_out, demonstrated = asyncio.run(digests())
     assert not held_out & demonstrated
-    assert len(demonstrate_tasks(tasks, noise=True)) == 60
+    assert len(demonstrate_tasks(tasks, noise_from_level=0)) == 60
 
 
 def test_the_command_writes_weights_that_a_run_can_start_from(tmp_path: Path, capsys) -> None:
