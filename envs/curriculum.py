@@ -38,7 +38,8 @@ OUTER_WEIGHT = 0.2
 """Weight of a hard or easy problem against a normal one."""
 RECENT = 20
 """Groups per (environment, level) that metrics are taken from."""
-FORMAT = 1
+FORMAT = 2
+"""1 had neither probes nor levels out of reach; it is read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -247,6 +248,7 @@ class Curriculum:
         first = {level: list(self._groups.get((name, level), ()))[:probe] for level in self.levels}
         if any(len(groups) < probe or any(g.outcome is None for g in groups) for groups in first.values()):
             return False
+        climb.frontier = self.levels[0]
         for level, groups in first.items():
             if sum(g.outcome.success for g in groups if g.outcome) / probe > self._config.demote:
                 climb.frontier = level
@@ -328,8 +330,8 @@ class Curriculum:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken. Environments that left the mix and problems that left the pool are forgotten,
         a frontier outside the levels that the config names now moves inside."""
-        if state["format"] != FORMAT:
-            raise ValueError(f"curriculum state of format {state['format']!r}, this version reads {FORMAT}")
+        if state["format"] not in (1, FORMAT):
+            raise ValueError(f"curriculum state of format {state['format']!r}, this version reads 1 and {FORMAT}")
         self.next_counter = state["next_counter"]
         if self._config.sampler == "levels":
             for name, (frontier, seen, window, *later) in state["climbs"].items():

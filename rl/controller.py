@@ -35,7 +35,7 @@ from rl.monitor import Monitor
 from rl.report import LearnerReport, RowReport
 from rl.run_folder import RunFolder
 from rl.step_detail import step_detail
-from rl.step_time import StepTime
+from rl.step_time import StepTime, busy_since
 from rollout.buffer import GroupBuffer
 from rollout.fleet import Fleet, FleetError, WorkerState
 from rollout.lease import NotReady, WorkerLost, WorkerStatus
@@ -120,7 +120,6 @@ class Controller:
         self._stop = asyncio.Event()
         self._to_push: asyncio.Queue[tuple[int, int, object]] = asyncio.Queue()
         self._sync_s = 0.0
-        self._busy_s = 0.0
         self._statuses: list[WorkerStatus | None] = [None] * len(self.fleet.members)
         self._quiet_steps = 0
         self._trained = {"n": 0.0, "length": 0.0, "reward": 0.0, "seconds": 0.0}
@@ -340,7 +339,7 @@ class Controller:
             "queue/ready_groups": stats.ready,
             "queue/in_flight": self.scheduler.num_alive,
             "queue/oldest_age_s": stats.oldest_ready_s,
-            "rollout/busy_s": busy_s or 0.0,
+            "rollout/busy_s": busy_s,
             "rollout/episode_s/mean": sum(t.seconds for t in trajectories) / max(len(trajectories), 1),
             "faults/restarts": self.fleet.num_restarts,
             "faults/redispatched": counters.redispatched,
@@ -374,14 +373,9 @@ class Controller:
         )
 
     def _new_busy_s(self) -> float | None:
-        """Seconds that engines spent in model steps since the last report, mean over workers, as heartbeats tell; None
-        where none came since: engines that were idle all the time say so."""
-        statuses = [member.status for member in self.fleet.members]
-        total = sum(status.engine.busy_s for status in statuses if status)
-        heard = any(now is not then for now, then in zip(statuses, self._statuses, strict=True))
-        self._statuses = statuses
-        new, self._busy_s = max(total - self._busy_s, 0.0), total
-        return new / len(statuses) if heard else None
+        """As `busy_since`, since the last report."""
+        before, self._statuses = self._statuses, [member.status for member in self.fleet.members]
+        return busy_since(before, self._statuses)
 
     def _selection_bias(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """Mean over all trained / mean over all dispatched: 1 unless what is trained on is a biased choice."""

@@ -4,8 +4,10 @@ A step lasts from the report of the one before to its own, so steps leave no gap
 run's learner loop. What no part claims is `other`, the run's own bookkeeping and the transport of groups.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+
+from rollout.lease import WorkerStatus
 
 PARTS = ("wait_for_batch", "forward_backward", "sync", "checkpoint", "other")
 """Metrics "time/<part>" that add up to "time/step"."""
@@ -47,3 +49,19 @@ class StepTime:
         times["other"] = step_s - sum(times.values())
         times |= {"step": step_s, "train": train_s, "trainer_idle_ratio": times["wait_for_batch"] / max(step_s, 1e-9)}
         return {f"time/{name}": seconds for name, seconds in times.items()}
+
+
+def busy_since(before: Sequence[WorkerStatus | None], now: Sequence[WorkerStatus | None]) -> float | None:
+    """Seconds that engines spent in model steps between two looks at their heartbeats, mean over workers.
+
+    None where no heartbeat came in between: engines that were idle all the time say so. A worker that was started anew
+    counts from 0 again.
+    """
+    new_s, heard = 0.0, False
+    for then, status in zip(before, now, strict=True):
+        if status is None or status is then:
+            continue
+        heard = True
+        is_same = then is not None and then.pid == status.pid and then.engine.busy_s <= status.engine.busy_s
+        new_s += status.engine.busy_s - (then.engine.busy_s if then and is_same else 0.0)
+    return new_s / len(now) if heard else None

@@ -38,8 +38,8 @@ STATE_AFTER = {
 }
 """Event -> state of the group after it. "refused" is not among them: a late answer changes nothing."""
 _COLUMNS = (
-    "e.number, g.group_id, e.event, COALESCE(CAST(e.unix_s AS REAL), 0.0), CAST(e.attempt AS INTEGER), e.worker, "
-    "CAST(e.step AS INTEGER), e.cause"
+    "e.number, CAST(g.group_id AS TEXT), CAST(e.event AS TEXT), COALESCE(CAST(e.unix_s AS REAL), 0.0), "
+    "CAST(e.attempt AS INTEGER), CAST(e.worker AS TEXT), CAST(e.step AS INTEGER), CAST(e.cause AS TEXT)"
 )
 """Cast, for a file may be of foreign making and SQLite keeps any type in any column."""
 

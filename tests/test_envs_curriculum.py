@@ -193,7 +193,10 @@ def test_a_probe_draws_all_levels_alike_and_begins_at_the_highest_that_is_not_ho
 
 
 def test_a_probe_that_finds_nothing_begins_at_the_lowest_level() -> None:
-    curriculum = make(CurriculumConfig(sampler="levels", window=4, probe=1, max_level=2))
+    curriculum = make(
+        CurriculumConfig(sampler="levels", window=4, probe=1, max_level=2), dataclasses.replace(CALC, level=2)
+    )
+    assert curriculum.frontier("calc") == 2
     for level in range(3):
         dispatch(curriculum, level, 0.0)
     assert curriculum.frontier("calc") == 0
@@ -202,7 +205,7 @@ def test_a_probe_that_finds_nothing_begins_at_the_lowest_level() -> None:
 
 def test_a_state_from_before_there_were_probes_is_read() -> None:
     curriculum = make(CurriculumConfig(sampler="levels", window=4, probe=3))
-    state = make().state()
+    state = make().state() | {"format": 1}
     state["climbs"] = {"calc": [2, 40, [0.5]]}
     curriculum.load_state(state)
     assert curriculum.frontier("calc") == 2

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from policy.engine import EngineStats
 from rl.dashboard.overview import glance
 from rl.monitor import Monitor
 from rl.run_folder import RunFolder
-from rl.step_time import PARTS, StepTime
+from rl.step_time import PARTS, StepTime, busy_since
+from rollout.lease import WorkerStatus
 from tests.dashboard_runs import make_run
 from tests.fakes import FakeClock
 from tests.training import small_config
@@ -79,3 +81,18 @@ def test_under_a_scripted_clock_the_overview_s_idle_ratio_verdict_and_alerts_fol
     assert verdict["learner_idle"] == pytest.approx(waited_s / wall_s)
     assert verdict["rollout_idle"] == pytest.approx(1 - sum(script[6] for script in SCRIPT) / wall_s)
     assert verdict["queue_age_s"] == pytest.approx((1.0 + 2.0 + 6.0 + 3.0) / 4)
+
+
+def _heartbeat(busy_s: float, pid: int = 1) -> WorkerStatus:
+    engine = EngineStats(busy_s=busy_s)
+    return WorkerStatus(name="worker-0", policy_version=0, groups=0, episodes=0, engine=engine, pid=pid)
+
+
+def test_a_restarted_worker_counts_from_nothing_and_silence_is_no_idleness() -> None:
+    old, idle, later = _heartbeat(9.0), _heartbeat(9.0), _heartbeat(11.0)
+    assert busy_since([old], [old]) is None
+    assert busy_since([None], [None]) is None
+    assert busy_since([old], [idle]) == 0.0
+    assert busy_since([old, old], [later, old]) == 1.0
+    assert busy_since([old], [_heartbeat(2.5, pid=2)]) == 2.5
+    assert busy_since([old], [_heartbeat(10.0, pid=2)]) == 10.0

@@ -22,6 +22,7 @@ import pytest
 
 from conf.schema import TrainConfig
 from envs.outcome import EnvHost
+from envs.registry import make_env
 from policy.engine import Completion, EngineStats, GenerationRequest
 from rl.cluster import LearnerClient
 from rl.dashboard.server import Dashboard, Stop
@@ -127,6 +128,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> "Stored":
         f"cluster.heartbeat_s={HEARTBEAT_S}", "learner.self_check_tolerance=1e9", "run.checkpoint_every=3",
         "rollout.max_attempts=2",
     )  # fmt: skip
+    make_env("Calculator-v0").close()  # imported now: on an environment's own thread it would take virtual time
     run = train_in_process(config, build=_build, wrap_learner=_SlowLearner, loop=VirtualLoop)
     return Stored(run.folder.path)
 

@@ -130,3 +130,15 @@ def test_a_ledger_from_before_events_reads_and_goes_on(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "l")
     ledger.consume(ids, step=1)
     assert [(e.event, e.step) for e in read_lineage(tmp_path / "l", ids[0])] == [("consumed", 1)]
+
+
+def test_events_of_a_foreign_file_are_read_as_text(tmp_path: Path) -> None:
+    ledger, group_id = Ledger(tmp_path / "l", unix_clock=FakeClock()), task(0).task_id
+    ledger.issue([task(0)])
+    ledger.close()
+    with closing(sqlite3.connect(tmp_path / "l")) as db:
+        db.execute("UPDATE events SET event = x'6c6f7374', worker = x'77', cause = 5")
+        db.commit()
+    (event,) = read_lineage(tmp_path / "l", group_id)
+    assert (event.event, event.worker, event.cause) == ("lost", "w", "5")
+    assert story([event]) == "lost: 5 (0.0 s)"

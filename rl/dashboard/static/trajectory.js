@@ -31,8 +31,15 @@ export async function trajectoryView(view, run, key, query, signal) {
       `advantage ${num(sibling.advantage, 3)}`, el("br"), `${sibling.num_turns} turns, ${sibling.num_sampled_tokens} tokens`, el("br"), sibling.stop_reason,
       query.side && sibling.row !== t.row ? el("div", { "data-side": sibling.row }) : null,
       query.side && sibling.row === t.row ? conversation(run, t) : null))));
-  if (query.side) await Promise.all([...view.querySelectorAll("[data-side]")].slice(0, MAX_SIDE).map(async (node) =>
-    fill(node, conversation(run, await ask(["runs", run, "trajectory"], { row: node.dataset.side }, signal)))));
+  if (query.side) await Promise.all([...view.querySelectorAll("[data-side]")].map(async (node, index) => {
+    if (index >= MAX_SIDE) return fill(node, el("p", { class: "dim" }, `only ${MAX_SIDE} conversations are shown at once`));
+    try {
+      fill(node, conversation(run, await ask(["runs", run, "trajectory"], { row: node.dataset.side }, signal)));
+    } catch (error) {
+      if (signal.aborted) throw error;
+      fill(node, el("p", { class: "bad" }, String(error.message)));
+    }
+  }));
 }
 
 function conversation(run, t) {
