@@ -57,9 +57,10 @@ async def test_a_core_of_its_own_swaps_under_a_request_keeps_routes_and_its_end_
         assert (completion.routed_experts[:-1] >= 0).all() and (completion.prompt_routes >= 0).all()
 
         assert not engine.died
+        core = core_of(os.getpid())
         busy = [asyncio.create_task(engine.generate(ask([i], max_tokens=MAX_TOKENS))) for i in range(6)]
         await until(lambda: engine.stats().running > 0)
-        os.kill(core_of(os.getpid()), signal.SIGKILL)
+        os.kill(core, signal.SIGKILL)
         outcomes = await asyncio.wait_for(asyncio.gather(*busy, return_exceptions=True), 30)
         assert {type(outcome) for outcome in outcomes} == {EngineClosed}
         with pytest.raises(EngineError):
