@@ -3,8 +3,8 @@
     shoal bench vllm_demo [--json] [--seed 1] [--words "steps=12 evaluation.final_tasks=200"]
 
 Two runs of `shoal train env=calculator` as `make demo` starts it, with the same seed, engine=local and engine=vllm, one
-after the other, in a folder that is removed again. `met`: the held-out success of vLLM lies within the interval of the local engine's or
-above it, and all stored rows, training and held-out ones, were sampled by vLLM.
+after the other, in a folder that is removed again. `met`: the held-out success of vLLM lies within the interval of the
+local engine's or above it, and all stored rows, training and held-out ones, were sampled by vLLM.
 """
 
 import argparse
