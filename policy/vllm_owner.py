@@ -43,6 +43,11 @@ def announced() -> Iterator[None]:
         os.environ.pop(VARIABLE, None)  # of no other child's business; two may have started at once
 
 
+def watch_announced() -> None:
+    """Watch the owner that was announced to this process, if one was."""
+    watch(os.environ.get(VARIABLE, ""))
+
+
 def watch(of: str) -> None:
     """End this process when its owner has ended. Does nothing the second time, and in the owner itself ("" too)."""
     pid, _, pipe = of.partition(":")

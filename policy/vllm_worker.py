@@ -6,7 +6,6 @@ pickled but arguments and answers. Both are plain text and bytes: vLLM's message
 
 import functools
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,13 +13,13 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
-from policy.vllm_owner import VARIABLE, watch
+from policy.vllm_owner import watch, watch_announced
 from policy.vllm_routes import RouteCapture
 from policy.vllm_weights import Shard, load, verify
 from policy.weight_store import WeightSyncError, tensor_digest
 
 log = logging.getLogger(__name__)
-watch(os.environ.get(VARIABLE, ""))  # vLLM imports this while it starts, which takes a minute on a busy machine
+watch_announced()  # vLLM imports this while it starts, which takes a minute on a busy machine
 
 
 class WorkerExtension:
