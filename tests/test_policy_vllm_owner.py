@@ -37,7 +37,8 @@ def test_a_killed_owner_takes_its_process_along() -> None:
     with start(OWNS_ONE) as parent:
         assert parent.stdout is not None
         said = {parent.stdout.readline().strip(), parent.stdout.readline().strip()} - {"watching"}
-        assert Path(f"/proc/{(child := said.pop())}").exists()
+        child = said.pop()
+        assert Path(f"/proc/{child}").exists()
         parent.kill()
         parent.communicate(timeout=20)  # their common output ends with the last of them
     until = time.monotonic() + 20
