@@ -2,9 +2,9 @@
 
     shoal bench vllm_demo [--json] [--seed 1] [--words "steps=12 evaluation.final_tasks=200"]
 
-Two runs of `shoal train env=calculator` with the same seed, engine=local and engine=vllm, one after the other, in a
-folder that is removed again. `met`: the held-out success of vLLM lies within the interval of the local engine's or
-above it, and all stored rows, training and held-out ones, were sampled by vLLM.
+Two runs of `shoal train env=calculator` as `make demo` starts it, with the same seed, engine=local and engine=vllm, one
+after the other, in a folder that is removed again. `met`: the held-out success of vLLM lies within the interval of the
+local engine's or above it, and all stored rows, training and held-out ones, were sampled by vLLM.
 """
 
 import argparse
@@ -24,12 +24,14 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 RESULT = Path(__file__).parent / "results" / "vllm_demo.json"
 RUN_TIMEOUT_S = 1500.0
 """The whole demo is promised within this on two cores."""
+SCHEDULE = "learner.optimizer.schedule=cosine"
+"""As in the Makefile."""
 
 
 def train(root: Path, engine: str, seed: int, words: list[str]) -> dict[str, Any]:
     """What a finished run leaves. Raises RuntimeError where it fails."""
     own = [f"engine={engine}", f"seed={seed}", f"run.root={root / engine}", "monitor.wandb=disabled"]
-    command = [sys.executable, "-m", "rl.cli", "train", "env=calculator", *own, *words]
+    command = [sys.executable, "-m", "rl.cli", "train", "env=calculator", SCHEDULE, *own, *words]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=RUN_TIMEOUT_S)
     if done.returncode:
         raise RuntimeError(f"engine={engine} ended with status {done.returncode}: {done.stderr[-2000:]}")

@@ -6,6 +6,7 @@ between two steps of its `Stepper`, and delivers what ended to the callers' loop
 - the step thread waits for commands while nothing runs; woken by every post and by `close`;
 - `generate` waits for its answer, which comes at the request's deadline at the latest, plus `GRACE_S`;
 - `load_weights` waits for the step that runs now, at most `SWAP_TIMEOUT_S`, and `start_timeout_s` more the first time;
+  an engine that has not swapped by then has died;
 - `close` waits for the step that runs now, at most `CLOSE_TIMEOUT_S`.
 """
 
@@ -44,6 +45,10 @@ IDLE_WAIT_S = 1.0
 CLOSE_TIMEOUT_S = 30.0
 
 _T = TypeVar("_T")
+
+
+class _NoAnswer(EngineError):
+    """The step thread is stuck."""
 
 
 class Stepper(Protocol):
@@ -101,6 +106,7 @@ class StepEngine:
         clock: Callable[[], float] = time.monotonic,
         seed: int | None = None,
         start_timeout_s: float = 0.0,
+        swap_timeout_s: float = SWAP_TIMEOUT_S,
     ) -> None:
         self._config = config
         self._clock = clock
@@ -110,13 +116,14 @@ class StepEngine:
         self._stream_rng = np.random.default_rng(secrets.randbits(64) if seed is None else seed)
         self._capabilities = capabilities
         self._start_timeout_s = start_timeout_s
+        self._swap_timeout_s = swap_timeout_s
         self._wakeup = threading.Condition()
         """Guards the inbox and `_closing`."""
         self._inbox: deque[Callable[[], None]] = deque()
         self._closing = False
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
-        """What ended the step thread, if not `close`."""
+        """What ended the step thread, if not `close`, or the swap that it did not finish."""
         self._loop: asyncio.AbstractEventLoop | None = None
         """The callers' loop. What follows is touched on it alone."""
         self._pending: set[asyncio.Future] = set()
@@ -205,7 +212,15 @@ class StepEngine:
 
         self._post(swap)
         started = self._stepper.policy_version >= 0
-        await self._wait_for(swapped, SWAP_TIMEOUT_S + (0.0 if started else self._start_timeout_s))
+        try:
+            await self._wait_for(swapped, self._swap_timeout_s + (0.0 if started else self._start_timeout_s))
+        except _NoAnswer as error:  # nobody knows which weights it will serve
+            self._failure = error
+            with self._wakeup:
+                self._closing = True
+                self._wakeup.notify()
+            self._fail_pending()
+            raise self._closed_error() from error
 
     async def close(self) -> None:
         with self._wakeup:
@@ -237,7 +252,7 @@ class StepEngine:
             async with asyncio.timeout(timeout_s):
                 return await reply
         except TimeoutError:
-            raise EngineError(f"the step thread gave no answer in {timeout_s:g} s") from None
+            raise _NoAnswer(f"the step thread gave no answer in {timeout_s:g} s") from None
         finally:
             self._pending.discard(reply)
 
@@ -273,7 +288,7 @@ class StepEngine:
             finally:
                 self._stepper.close()
         except Exception as error:  # supervision: whatever it was, everyone who waits must hear of it
-            self._failure = error
+            self._failure = self._failure or error
         self._call_loop(self._fail_pending)
 
     def _run_commands(self) -> bool:

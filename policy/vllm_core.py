@@ -5,7 +5,8 @@ this process through one queue, in the order in which it sent them: when it has 
 sampled before is in `outputs_queue`.
 
 - `step` waits for tokens, at most `WAIT_S`, so that deadlines and aborts are seen to while a core is busy or stuck;
-- other calls wait for their answer, or for the end of the core's process.
+- other calls wait for their answer, or for the end of the core's process;
+- a core that hangs is ended after `HANG_S` of silence, in a call or with requests out, so that its worker is replaced.
 """
 
 import contextlib
@@ -24,19 +25,23 @@ from safetensors.numpy import save
 from conf.schema import EngineConfig
 from policy.engine import EngineError
 from policy.hybrid_config import HybridConfig
+from policy.vllm_owner import announced, owner
 from policy.vllm_packages import prepare
 from policy.weight_files import in_order
 from policy.weight_store import PolicySnapshot, WeightSyncError
 
 WAIT_S = 0.5
-OWNER_PIPE = "owner"
-"""Held open by this process; the model's processes end when it is closed, and a killed process closes it too."""
+HANG_S = 100.0
+"""Silence after which a core counts as stuck; less than a swap may take (`policy.step_engine`)."""
 
 
 class VllmCore:
-    """Example: core = VllmCore(model, config); core.start(routes=False); core.replace(snapshot); core.add(...)"""
+    """Example: core = VllmCore(model, config); core.start(routes=False); core.replace(snapshot); core.add(...)
 
-    def __init__(self, model: HybridConfig, config: EngineConfig) -> None:
+    A core of its own that says nothing for `hang_s`, although it was called or has requests, is ended: `EngineError`.
+    """
+
+    def __init__(self, model: HybridConfig, config: EngineConfig, *, hang_s: float = HANG_S) -> None:
         self._model = model
         self._config = config
         self._own_process = config.vllm.process == "core"
@@ -45,7 +50,10 @@ class VllmCore:
         self._captures = False
         self._engine: Any = None
         self._folder: tempfile.TemporaryDirectory | None = None
-        self._owner: int | None = None
+        self._hang_s = hang_s
+        self._silent_s = 0.0
+        """How long `step` has waited since the core last said anything."""
+        self._why_dead = "the process of vLLM's core ended"
 
     def start(self, *, routes: bool) -> None:
         """Raises `VllmMissing`, or whatever vLLM raises."""
@@ -58,17 +66,15 @@ class VllmCore:
 
         self._folder = tempfile.TemporaryDirectory(prefix="shoal-vllm-")
         Path(self._folder.name, "config.json").write_text(json.dumps(self._model.to_hf()))
-        self._engine = LLMEngine.from_engine_args(
-            EngineArgs(**self._arguments(self._folder.name)), enable_multiprocessing=self._own_process
-        )
+        arguments = EngineArgs(**self._arguments(self._folder.name))
+        with contextlib.nullcontext() if self._shares_memory else announced():
+            self._engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=self._own_process)
         if self._own_process:
-            threading.Thread(target=_tell_of_death, args=(self._engine.engine_core,), daemon=True).start()
-        pipe = ""
-        if not self._shares_memory:
-            pipe = str(Path(self._folder.name, OWNER_PIPE))
-            os.mkfifo(pipe)
-            self._owner = os.open(pipe, os.O_RDWR)
-        self._call("shoal_prepare", self._config.max_model_tokens, routes, self._config.threads, os.getpid(), pipe)
+            threading.Thread(target=self._tell_of_death, daemon=True).start()
+        with self._bounded():
+            self._engine.get_supported_tasks()  # else the first request would ask, and wait without a bound
+        owned_by = "" if self._shares_memory else owner()
+        self._call("shoal_prepare", self._config.max_model_tokens, routes, self._config.threads, owned_by)
 
     def _arguments(self, folder: str) -> dict[str, Any]:
         own = self._config.vllm
@@ -93,14 +99,40 @@ class VllmCore:
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
         """An answer of each rank."""
-        return self._engine.collective_rpc(method, args=arguments)
+        with self._bounded():
+            return self._engine.collective_rpc(method, timeout=self._hang_s, args=arguments)
+
+    @contextlib.contextmanager
+    def _bounded(self) -> Iterator[None]:
+        """A call of a core of its own, which is ended where it does not answer: vLLM's client would wait for ever."""
+        timer = threading.Timer(self._hang_s, self._end_stuck)
+        timer.daemon = True
+        if self._own_process:
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _end_stuck(self) -> None:
+        self._why_dead = f"vLLM's core said nothing for {self._hang_s:g} s and was ended"
+        for process in self._engine.engine_core.resources.engine_manager.processes:
+            process.kill()
+
+    def _tell_of_death(self) -> None:
+        """Wake whoever waits for a core whose process is gone: vLLM's own client notices, and leaves them waiting."""
+        client = self._engine.engine_core
+        multiprocessing.connection.wait([process.sentinel for process in client.resources.engine_manager.processes])
+        client.resources.engine_dead = True  # later calls are refused by vLLM itself
+        error = EngineError(self._why_dead)
+        client.outputs_queue.put_nowait(error)
+        for answer in list(client.utility_results.values()):
+            with contextlib.suppress(Exception):  # it was answered just now
+                answer.set_exception(error)
 
     def close(self) -> None:
         if self._engine is not None:
             self._engine.engine_core.shutdown()
-        if self._owner is not None:
-            os.close(self._owner)
-            self._owner = None
         if self._folder is not None:
             self._folder.cleanup()
 
@@ -113,12 +145,19 @@ class VllmCore:
         self._engine.abort_request(request_ids)
 
     def step(self) -> list[Any]:
-        """vLLM's outputs since the last time; none where a core of its own has none within `WAIT_S`."""
+        """vLLM's outputs since the last time; none where a core of its own has none within `WAIT_S`.
+
+        Call it while there are requests: silence counts.
+        """
         if not self._own_process:
             return self._engine.step()
         queue = self._engine.engine_core.outputs_queue
         with queue.not_empty:
-            queue.not_empty.wait_for(queue._qsize, WAIT_S)
+            heard = queue.not_empty.wait_for(queue._qsize, WAIT_S)
+        self._silent_s = 0.0 if heard else self._silent_s + WAIT_S
+        if self._silent_s >= self._hang_s:
+            self._end_stuck()
+            raise EngineError(self._why_dead)
         return self._outputs()
 
     def _outputs(self) -> list[Any]:
@@ -139,12 +178,14 @@ class VllmCore:
     def pause(self) -> list[Any]:
         """Sample nothing until `resume`; what was sampled before."""
         if self._own_process:
-            self._engine.engine_core.call_utility("pause_scheduler", "keep", False)
+            with self._bounded():
+                self._engine.engine_core.call_utility("pause_scheduler", "keep", False)
         return self._outputs()
 
     def resume(self) -> None:
         if self._own_process:
-            self._engine.engine_core.call_utility("resume_scheduler")
+            with self._bounded():
+                self._engine.engine_core.call_utility("resume_scheduler")
 
     def replace(self, snapshot: PolicySnapshot) -> None:
         """Other weights, compared with what the kernels use afterwards. Raises `WeightSyncError`."""
@@ -161,7 +202,9 @@ class VllmCore:
 
     def recompute(self) -> None:
         """Compute running requests again from their first token. Raises `EngineError` where states are left over."""
-        if not self._engine.reset_prefix_cache(reset_running_requests=True):
+        with self._bounded():
+            clean = self._engine.reset_prefix_cache(reset_running_requests=True)
+        if not clean:
             raise EngineError("vLLM kept states of the old weights")
 
 
@@ -175,14 +218,3 @@ def memory_file(tensors: Mapping[str, np.ndarray]) -> Iterator[str]:
         yield f"/proc/{os.getpid()}/fd/{descriptor}"
     finally:
         os.close(descriptor)
-
-
-def _tell_of_death(client: Any) -> None:
-    """Wake whoever waits for a core whose process is gone: vLLM's own client notices, and leaves them waiting."""
-    multiprocessing.connection.wait([process.sentinel for process in client.resources.engine_manager.processes])
-    client.resources.engine_dead = True  # later calls are refused by vLLM itself
-    error = EngineError("the process of vLLM's core ended")
-    client.outputs_queue.put_nowait(error)
-    for answer in list(client.utility_results.values()):
-        with contextlib.suppress(Exception):  # it was answered just now
-            answer.set_exception(error)

@@ -8,6 +8,7 @@ from policy.engine import EngineCapabilities
 from policy.hybrid_config import HybridConfig
 from policy.model import PolicyShape
 from policy.step_engine import StepEngine
+from policy.vllm_core import HANG_S
 from policy.vllm_stepper import VllmStepper
 
 TOLERANCE, FREE_ROUTES_TOLERANCE = 0.5, 5.0
@@ -37,12 +38,14 @@ class VllmEngine(StepEngine):
         config: EngineConfig,
         *,
         clock: Callable[[], float] = time.monotonic,
+        hang_s: float = HANG_S,
     ) -> None:
+        """`hang_s`: silence of a core of its own after which it is ended."""
         for name in ("linear_key_head_dim", "linear_value_head_dim"):
             if getattr(model, name) not in HEAD_DIMS:
                 raise ValueError(f"policy {name}={getattr(model, name)}, allowed with vLLM: 64, 128")
         super().__init__(
-            VllmStepper(model, config, clock=clock),
+            VllmStepper(model, config, clock=clock, hang_s=hang_s),
             config,
             capabilities=EngineCapabilities(
                 name="vllm",

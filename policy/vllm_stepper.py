@@ -18,7 +18,7 @@ from policy.engine import CachePolicy, Completion, EngineError, EngineStats, Fin
 from policy.hybrid_config import HybridConfig
 from policy.model import PolicyShape
 from policy.running_batch import Ticket
-from policy.vllm_core import VllmCore
+from policy.vllm_core import HANG_S, VllmCore
 from policy.vllm_packages import vllm_build
 from policy.weight_store import PolicySnapshot, WeightSyncError
 
@@ -39,11 +39,13 @@ class _Request:
 class VllmStepper:
     """Example: stepper.start(); stepper.swap(snapshot, "recompute"); stepper.add(ticket); stepper.step()"""
 
-    def __init__(self, model: HybridConfig, config: EngineConfig, *, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, model: HybridConfig, config: EngineConfig, *, clock: Callable[[], float], hang_s: float = HANG_S
+    ) -> None:
         self._model = model
         self._config = config
         self._clock = clock
-        self._core = VllmCore(model, config)
+        self._core = VllmCore(model, config, hang_s=hang_s)
         self._served: PolicySnapshot | None = None
         """The version that serves."""
         self._requests: dict[str, _Request] = {}
@@ -132,9 +134,9 @@ class VllmStepper:
         except WeightSyncError:
             if self._served is not None:
                 self._restore(self._served)
-            raise
-        finally:
             self._core.resume()
+            raise
+        self._core.resume()
         self._served = snapshot
         self.policy_version = snapshot.version
 

@@ -6,22 +6,20 @@ pickled but arguments and answers. Both are plain text and bytes: vLLM's message
 
 import functools
 import logging
-import os
-import signal
-import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.numpy import load_file
 
+from policy.vllm_owner import watch, watch_announced
 from policy.vllm_routes import RouteCapture
 from policy.vllm_weights import Shard, load, verify
 from policy.weight_store import WeightSyncError, tensor_digest
 
 log = logging.getLogger(__name__)
+watch_announced()  # vLLM imports this while it starts, which takes a minute on a busy machine
 
 
 class WorkerExtension:
@@ -31,17 +29,15 @@ class WorkerExtension:
     rank: int
     _shoal_capture: RouteCapture | None = None
 
-    def shoal_prepare(self, max_model_tokens: int, routes: bool, threads: int, owner_pid: int, pipe: str) -> None:
-        """Once, before anything is sampled. `owner_pid`: the process that started all this; `pipe`: it holds it open,
-        "" = it is this process."""
+    def shoal_prepare(self, max_model_tokens: int, routes: bool, threads: int, owner: str) -> None:
+        """Once, before anything is sampled. `owner`: of `policy.vllm_owner`, "" = it is this process."""
         if next(iter(self.model_runner.get_model().parameters())).device.type == "cpu":
             _mend_prefill_of_one_token()
         if routes:
             self._shoal_capture = RouteCapture(self.model_runner, max_model_tokens)
-        if pipe:
+        if owner:
             torch.set_num_threads(threads)
-            between = 0 if os.getppid() == owner_pid else os.getppid()
-            threading.Thread(target=_end_with, args=(pipe, between), name="owner-watch", daemon=True).start()
+            watch(owner)  # where another engine's start took the variable away
 
     def shoal_replace(self, source: str | Mapping[str, np.ndarray], digests: Mapping[str, str]) -> str:
         """Load weights in place and compare what the kernels use with them; what is wrong, "" if nothing is.
@@ -75,16 +71,6 @@ def _compare(tensors: Mapping[str, np.ndarray], digests: Mapping[str, str]) -> N
     for name, array in tensors.items():
         if tensor_digest(array) != digests[name]:
             raise WeightSyncError(f"{name!r}, as read from the file, does not match its digest")
-
-
-def _end_with(pipe: str, between: int) -> None:
-    """End when nobody holds `pipe` open any more, and the core between that process and this one with it: vLLM's own
-    core outlives a parent that was killed, and nobody else would ever end it."""
-    with Path(pipe).open("rb") as file:
-        file.read()
-    if between and os.getppid() == between:
-        os.kill(between, signal.SIGKILL)
-    os._exit(1)
 
 
 def _mend_prefill_of_one_token() -> None:

@@ -16,8 +16,6 @@ from safetensors.numpy import save_file
 
 from policy.weight_store import PolicySnapshot, TensorSpec, WeightSyncError
 
-KEPT_FILES = 3
-"""Newest versions that stay: a worker that restarts loads the one that was pushed last, not the one just written."""
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16"}
 
 
@@ -33,14 +31,19 @@ class StoredSnapshot:
     path: str
 
     @staticmethod
-    def write(snapshot: PolicySnapshot, folder: Path) -> "StoredSnapshot":
-        """Write it, remove what is older than `KEPT_FILES` versions."""
+    def write(snapshot: PolicySnapshot, folder: Path, *, keep: int) -> "StoredSnapshot":
+        """Write it; remove all others but the `keep - 1` versions before it.
+
+        A worker that restarts loads the version that was pushed last, not the one just written. Newer versions and
+        unfinished files are of an earlier life of the run, which went back to a checkpoint.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"version-{snapshot.version:08d}.safetensors"
         unfinished = path.with_suffix(f".{os.getpid()}")
         save_file(in_order(snapshot.tensors), unfinished)
         unfinished.replace(path)
-        for old in sorted(folder.glob("version-*.safetensors"))[:-KEPT_FILES]:
+        kept = [each for each in sorted(folder.glob("version-*.safetensors")) if each <= path][-keep:]
+        for old in set(folder.glob("version-*")).difference(kept):
             old.unlink()  # engines that mapped it keep it
         return StoredSnapshot(version=snapshot.version, manifest=snapshot.manifest, path=str(path))
 

@@ -22,6 +22,8 @@ class LearnerActor:
 
         log_to_file(log_folder, "learner")
         self._weights = Path(log_folder).parent / "weights" if config.engine.vllm.transport == "files" else None
+        self._kept_weights = config.rollout.max_staleness + 2
+        """While an evaluation holds a version, the learner writes at most max_staleness + 1 more."""
         self._service = LearnerService(config)
         self._keep = config.run.keep_checkpoints
 
@@ -35,7 +37,9 @@ class LearnerActor:
         from policy.weight_files import StoredSnapshot
 
         snapshot = self._service.snapshot()
-        return snapshot if self._weights is None else StoredSnapshot.write(snapshot, self._weights)
+        if self._weights is None:
+            return snapshot
+        return StoredSnapshot.write(snapshot, self._weights, keep=self._kept_weights)
 
     def save(self, folder: str, step: int, state: dict[str, Any]) -> str:
         return self._service.save(folder, step, state, self._keep)

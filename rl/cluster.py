@@ -320,6 +320,7 @@ class RayCluster:
 
         deadline_s, logs = config.cluster.start_timeout_s, str((folder / "logs").resolve())
         self._weights = folder / "weights" if config.engine.vllm.transport == "files" else None
+        self._remove_weights()  # of a life that was killed
         wanted = plan(config)
         # the driver's working directory reaches actors, so that environments beside it import there too
         runtime_env = {"env_vars": {"PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}}
@@ -356,7 +357,11 @@ class RayCluster:
         if self._connection is not None:  # its poll would meet a pool that is gone
             await self._connection.aclose()
         await asyncio.to_thread(ray.shutdown)
-        if self._weights is not None:  # of no use to anyone once the engines are gone
+        self._remove_weights()
+
+    def _remove_weights(self) -> None:
+        """Files of versions, of no use to anyone once the engines are gone."""
+        if self._weights is not None:
             shutil.rmtree(self._weights, ignore_errors=True)
 
 

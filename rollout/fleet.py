@@ -10,7 +10,7 @@ Loops    heartbeat: waits for the interval; wakes recovery. Recovery: waits for 
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -19,6 +19,8 @@ from rollout.lease import WorkerClient, WorkerLost, WorkerStatus
 
 MAX_RESTARTS = 20
 """Restarts of one worker before the run gives up on it."""
+MAX_PAUSE_S = 5.0
+"""Between two attempts at a worker's recovery; pauses double up to it."""
 
 
 class WorkerState(StrEnum):
@@ -66,6 +68,7 @@ class Fleet:
         on_event: Callable[..., None],
         on_span: Callable[[str, str, float, float], None],
         clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self.members = [Member(client=client) for client in clients]
         self._heartbeat_s = heartbeat_s
@@ -73,6 +76,7 @@ class Fleet:
         self._on_event = on_event
         self._on_span = on_span
         self._clock = clock
+        self._sleep = sleep
         self._changed = asyncio.Condition()
         self._snapshot: object = None
         self._version = -1
@@ -191,8 +195,8 @@ class Fleet:
                     member.status = await member.client.status()
                     break
                 except WorkerLost:
-                    await asyncio.sleep(pause_s)
-                    pause_s = min(2 * pause_s, 5.0)
+                    await self._sleep(pause_s)
+                    pause_s = min(2 * pause_s, MAX_PAUSE_S)
             else:
                 self._on_event("worker_restart_timeout", worker=member.name)
                 await member.client.restart()
@@ -202,6 +206,8 @@ class Fleet:
                 await self._catch_up(member)
             except Exception as error:  # actor supervision: whatever a new life raises costs one of its restarts
                 member.state, member.last_error = WorkerState.LOST, f"{type(error).__name__}: {error}"
+                await self._sleep(pause_s)
+                pause_s = min(2 * pause_s, MAX_PAUSE_S)
                 continue
             async with self._changed:
                 member.state, member.last_seen_s = WorkerState.HEALTHY, self._clock()

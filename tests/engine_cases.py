@@ -16,6 +16,7 @@ from policy.engine import (
 )
 from policy.hybrid import PRESETS, HybridModel
 from policy.local_engine import LocalEngine
+from policy.vllm_core import HANG_S
 from policy.vllm_engine import VllmEngine
 from policy.vllm_packages import vllm_build
 from policy.weight_store import PolicySnapshot
@@ -99,11 +100,12 @@ def local_case(config: str) -> EngineCase:
 
 
 def vllm_case(config: str, own: VllmConfig | None = None) -> EngineCase:
-    def make(clock: Callable[[], float] = time.monotonic) -> Engine:
+    def make(clock: Callable[[], float] = time.monotonic, hang_s: float = HANG_S) -> Engine:
         settings = EngineConfig(
             kind="vllm", max_running=MAX_RUNNING, max_model_tokens=MAX_TOKENS, vllm=own or VllmConfig()
         )
-        return VllmEngine(MODELS[config], expected_tensors(HybridModel(MODELS[config])), settings, clock=clock)
+        expected = expected_tensors(HybridModel(MODELS[config]))
+        return VllmEngine(MODELS[config], expected, settings, clock=clock, hang_s=hang_s)
 
     return EngineCase(
         make=make,

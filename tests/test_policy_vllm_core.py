@@ -1,6 +1,7 @@
 """vLLM with its core in a process of its own, and with two ranks: what the contract suite cannot ask every engine."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -57,14 +58,41 @@ async def test_a_core_of_its_own_swaps_under_a_request_keeps_routes_and_its_end_
         assert (completion.routed_experts[:-1] >= 0).all() and (completion.prompt_routes >= 0).all()
 
         assert not engine.died
+        core = core_of(os.getpid())
         busy = [asyncio.create_task(engine.generate(ask([i], max_tokens=MAX_TOKENS))) for i in range(6)]
         await until(lambda: engine.stats().running > 0)
-        os.kill(core_of(os.getpid()), signal.SIGKILL)
+        os.kill(core, signal.SIGKILL)
         outcomes = await asyncio.wait_for(asyncio.gather(*busy, return_exceptions=True), 30)
         assert {type(outcome) for outcome in outcomes} == {EngineClosed}
         with pytest.raises(EngineError):
             await engine.load_weights(case.snapshot(3))
         assert engine.died
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@needs
+@pytest.mark.parametrize("what", ["its next request", "a request that runs", "a swap"])
+@in_loop
+async def test_a_core_that_hangs_is_ended_and_its_engine_with_it(what: str) -> None:
+    case = VLLM["vllm-core"]
+    engine = case.make(hang_s=8.0)
+    try:
+        await engine.load_weights(case.snapshot(1))
+        core = core_of(os.getpid())
+        request = asyncio.create_task(engine.generate(ask([1, 2, 3], max_tokens=MAX_TOKENS)))
+        if what == "its next request":
+            os.kill(core, signal.SIGSTOP)
+        await until(lambda: what == "its next request" or engine.stats().running > 0)
+        os.kill(core, signal.SIGSTOP)
+        waiting = engine.load_weights(case.snapshot(2)) if what == "a swap" else request
+        with pytest.raises(EngineClosed, match="said nothing for 8 s"):
+            await asyncio.wait_for(waiting, 40)
+        with pytest.raises(EngineClosed):
+            await request
+        assert engine.died and not Path(f"/proc/{core}").exists()
+    finally:
+        await engine.close()
 
 
 @pytest.mark.vllm
@@ -113,10 +141,43 @@ def test_a_core_ends_with_the_process_that_started_it_even_if_that_is_killed(tmp
         assert Path(f"/proc/{core}").exists()
         owner.kill()
         owner.wait()
-        until = time.monotonic() + 20
-        while Path(f"/proc/{core}").exists() and time.monotonic() < until:
-            time.sleep(0.1)
-    assert not Path(f"/proc/{core}").exists()
+        assert_gone(core)
+
+
+def assert_gone(pid: int) -> None:
+    until = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@needs
+def test_a_core_whose_owner_is_killed_while_it_starts_ends_too(tmp_path: Path) -> None:
+    program = tmp_path / "holds_a_core.py"
+    program.write_text(HOLDS_A_CORE)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, text=True, env=environment) as owner:
+        assert owner.stdout is not None
+        core, until = 0, time.monotonic() + 200
+        while not (core and watches(core)) and time.monotonic() < until:
+            time.sleep(0.05)
+            with contextlib.suppress(RuntimeError, subprocess.CalledProcessError):
+                core = core or core_of(owner.pid)
+        owner.kill()
+        said, _ = owner.communicate(timeout=30)  # the core holds the other end until it ends
+        assert core and not said, "the core was watched when it had started, not before"
+        assert_gone(core)
+
+
+def watches(pid: int) -> bool:
+    """Whether a process has opened its owner's fifo."""
+    found: list[str] = []
+    for file in Path(f"/proc/{pid}/fd").glob("*"):
+        with contextlib.suppress(OSError):
+            found.append(os.readlink(file))
+    return any("shoal-owner-" in target for target in found)
 
 
 def test_a_shard_takes_its_share_of_each_section_and_all_shards_together_are_the_tensor() -> None:

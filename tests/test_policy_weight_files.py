@@ -17,8 +17,8 @@ TENSORS = {
 EXPECTED = {name: (array.shape, "float32") for name, array in TENSORS.items()}
 
 
-def stored(folder: Path, version: int = 3) -> StoredSnapshot:
-    return StoredSnapshot.write(PolicySnapshot.create(version, TENSORS), folder)
+def stored(folder: Path, version: int = 3, keep: int = 3) -> StoredSnapshot:
+    return StoredSnapshot.write(PolicySnapshot.create(version, TENSORS), folder, keep=keep)
 
 
 def test_a_stored_snapshot_is_mapped_as_it_was_and_passes_the_same_checks(tmp_path: Path) -> None:
@@ -49,11 +49,25 @@ def test_a_file_that_is_gone_or_is_no_such_file_is_a_weight_sync_error(tmp_path:
         found.open()
 
 
-def test_the_three_newest_versions_stay_and_a_mapped_older_one_can_still_be_read(tmp_path: Path) -> None:
-    first = stored(tmp_path, 1).open()
+def versions_in(folder: Path) -> list[int]:
+    return [int(path.name.removeprefix("version-").removesuffix(".safetensors")) for path in sorted(folder.iterdir())]
+
+
+@pytest.mark.parametrize(("keep", "left"), [(3, [9, 10, 11]), (4, [2, 9, 10, 11]), (1, [11])])
+def test_as_many_newest_versions_stay_as_asked_and_a_mapped_older_one_can_still_be_read(
+    tmp_path: Path, keep: int, left: list[int]
+) -> None:
+    first = stored(tmp_path, 1, keep).open()
     for version in (2, 9, 10, 11):
-        stored(tmp_path, version)
-    assert [path.name for path in sorted(tmp_path.iterdir())] == [
-        f"version-{version:08d}.safetensors" for version in (9, 10, 11)
-    ]
+        stored(tmp_path, version, keep)
+    assert versions_in(tmp_path) == left
     first.verify(EXPECTED)
+
+
+def test_an_older_version_written_after_newer_ones_stays_and_what_an_earlier_life_left_goes(tmp_path: Path) -> None:
+    for version in (10, 11, 12, 13):
+        stored(tmp_path, version)
+    (tmp_path / "version-00000014.4711").write_bytes(b"half of it")
+    found = stored(tmp_path, 10)
+    found.open().verify(EXPECTED)
+    assert versions_in(tmp_path) == [10]

@@ -74,15 +74,22 @@ class FakeWorker:
         self.log.append("close")
 
 
-def fleet_of(*workers: FakeWorker) -> tuple[Fleet, list[str]]:
-    """A fleet, and the kinds of events it tells."""
+def fleet_of(*workers: FakeWorker, pauses: list[float] | None = None) -> tuple[Fleet, list[str]]:
+    """A fleet, and the kinds of events it tells. It does not pause; how long it would have goes into `pauses`."""
     events: list[str] = []
+
+    async def sleep(seconds: float) -> None:
+        await asyncio.sleep(0)
+        if pauses is not None:
+            pauses.append(seconds)
+
     fleet = Fleet(
         workers,
         heartbeat_s=1.0,
         restart_timeout_s=1.0,
         on_event=lambda kind, **_: events.append(kind),
         on_span=lambda *_: None,
+        sleep=sleep,
     )
     return fleet, events
 
@@ -133,14 +140,15 @@ def test_a_heartbeat_during_a_push_takes_no_worker_for_a_new_one() -> None:
 @pytest.mark.parametrize("fault", [WeightSyncError("'x' is missing"), WorkerLost("died"), TimeoutError("swap")])
 def test_a_worker_that_never_takes_weights_again_is_retired_and_the_last_one_ends_the_run(fault: Exception) -> None:
     async def scene() -> None:
-        worker = FakeWorker("w")
-        fleet, events = fleet_of(worker)
+        worker, pauses = FakeWorker("w"), []
+        fleet, events = fleet_of(worker, pauses=pauses)
         await fleet.push(3, 3)
         worker.faults["load_weights"] = fault
         await fleet.lost(fleet.members[0], "killed")
         with pytest.raises(FleetError, match=rf"every worker used up its restarts: w retired .*{fault}"):
             await fleet.choose(3, deadline_s=5)
         assert events == ["worker_lost", "worker_retired"] and fleet.num_restarts == MAX_RESTARTS
+        assert len(pauses) == MAX_RESTARTS and pauses[0] < pauses[1] and sum(pauses) > 60  # time to heal
 
     run(scene())
 
