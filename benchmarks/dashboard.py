@@ -310,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pairs = (0, *range(2, 11))
     parser.add_argument("--pairs", type=int, default=4, choices=pairs, help="of runs; 0 = scale alone; default: 4")
     parser.add_argument("--steps", type=int, default=60, help="learner steps of each run; default: 60")
-    parser.add_argument("--only", choices=["scale", "cost"], help="of the two measurements")
+    parser.add_argument("--only", choices=["scale", "cost"], help="of the two measurements; the other keeps its figures")
     parser.add_argument("--output", type=Path, default=FOLDER / "results" / "dashboard.json")
     parser.add_argument("--json", action="store_true", help="the result as the last line of output")
     arguments = parser.parse_args(argv)
@@ -327,7 +327,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = written if scale else {}
     ratios = {name: cost[name] for name in ("server_cpu_share", "slowdown") if name in cost}
     figures = size | scale | cost
-    result = {"name": "dashboard", "ratios": ratios, "figures": figures, "machine": machine, "paired": bool(cost)}
+    if arguments.only and arguments.output.exists():  # the other measurement stays as it was
+        earlier = json.loads(arguments.output.read_text())
+        ratios, figures = earlier["ratios"] | ratios, earlier["figures"] | figures
+    paired = "slowdown" in ratios
+    result = {"name": "dashboard", "ratios": ratios, "figures": figures, "machine": machine, "paired": paired}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result) if arguments.json else json.dumps(figures, indent=2))

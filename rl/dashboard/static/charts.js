@@ -1,5 +1,5 @@
-// Charts by plotly, whose JavaScript the server takes out of the installed Python package. index.html begins to load it
-// beside our own modules; whoever draws waits for it.
+// Charts by plotly, whose JavaScript the server takes out of the installed Python package. index.html begins to fetch it
+// beside our own modules; it is compiled, which holds up the page for most of a second, when somebody first asks for it.
 
 import { clearSketch } from "./sketch.js";
 
@@ -8,11 +8,12 @@ let loading = null;
 
 export function library() {
   loading = loading || new Promise((resolve, reject) => {
-    if (window.Plotly) return resolve(window.Plotly);
+    const script = document.createElement("script");
     const judge = () => (window.Plotly ? resolve(window.Plotly) : reject(new Error("the chart library did not load")));
-    document.getElementById("charts").addEventListener("load", judge);
-    if (document.readyState === "complete") judge(); // it failed before anybody drew
-    else window.addEventListener("load", judge);
+    script.addEventListener("load", judge);
+    script.addEventListener("error", judge);
+    script.src = "/charts.js";
+    document.head.append(script);
   });
   return loading;
 }

@@ -23,8 +23,13 @@ const PANELS = [
 const NUMBERS = ["reward/mean", "eval/success", "off_policy/lag/max", "policy/entropy", "policy/mismatch_kl/mean", "optim/grad_norm",
   "trainer/tok_s", "time/trainer_idle_ratio", "group/frac_mixed", "env/error_ratio", "workers/healthy"];
 
+// After the next frame; at once where a page in the background gets none.
+const painted = () => new Promise((resolve) => {
+  requestAnimationFrame(() => setTimeout(resolve));
+  setTimeout(resolve, 100);
+});
+
 export async function overviewView(view, run, query, signal) {
-  library().catch(() => {}); // on its way while the server reads; drawing tells what goes wrong
   const [facts, told] = await Promise.all([ask(["runs", run], {}, signal), glanceOf(run, signal)]);
   const known = facts.keys.map(({ key }) => key);
   const latest = Object.fromEntries(facts.keys.map(({ key, last }) => [key, last]));
@@ -61,6 +66,8 @@ export async function overviewView(view, run, query, signal) {
   const linesOf = (keys) => keys.map((key) => ({ name: key, x: store[key].step, y: store[key].y }));
   const titleOf = (keys) => (keys.length > 1 ? "" : keys[0]);
   await load(charts.slice(0, 1)); // a small question: the first chart is there while the rest is read
+  await painted();
+  library().catch(() => {}); // compiled while the server reads the rest; drawing tells what goes wrong
   if (charts.length > 1) await load(charts);
   // Numbers count the lines that the page has, so that a test can see that none came twice.
   // One after the other with a pause for the browser to paint: the first chart does not wait for the last.
