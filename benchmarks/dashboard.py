@@ -310,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pairs = (0, *range(2, 11))
     parser.add_argument("--pairs", type=int, default=4, choices=pairs, help="of runs; 0 = scale alone; default: 4")
     parser.add_argument("--steps", type=int, default=60, help="learner steps of each run; default: 60")
-    parser.add_argument("--only", choices=["scale", "cost"], help="of the two measurements; the other keeps its figures")
+    parser.add_argument("--only", choices=["scale", "cost"], help="of the two; the other keeps its figures")
     parser.add_argument("--output", type=Path, default=FOLDER / "results" / "dashboard.json")
     parser.add_argument("--json", action="store_true", help="the result as the last line of output")
     arguments = parser.parse_args(argv)
