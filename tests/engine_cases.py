@@ -4,6 +4,7 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +40,9 @@ WIDE = {"vocab_size": VOCAB, "hidden_size": 64, "head_dim": 32}
 WIDE_MOE = PRESETS["tiny_moe"].override(WIDE | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32})
 MODELS = {
     "dense": DENSE,
+    "dense-untied": DENSE.override({"tie_word_embeddings": False}),
     "moe": MOE,
+    "moe-untied": MOE.override({"tie_word_embeddings": False}),
     "vllm-dense": PRESETS["tiny_hybrid"].override(WIDE | {"intermediate_size": 64}),
     "vllm-moe": WIDE_MOE,
     "vllm-dense-untied": PRESETS["tiny_hybrid"].override(
@@ -134,7 +137,8 @@ def scripted_case() -> EngineCase:
     )
 
 
-CASES = {"local-dense": local_case("dense"), "local-moe": local_case("moe"), "scripted": scripted_case()}
+CASES = {f"local-{name}": local_case(name) for name in ("dense", "dense-untied", "moe", "moe-untied")}
+CASES["scripted"] = scripted_case()
 VLLM = {name: vllm_case(name) for name in ("vllm-dense", "vllm-dense-untied", "vllm-moe", "vllm-moe-untied")}
 VLLM["vllm-core"] = vllm_case("vllm-dense", VllmConfig(process="core"))
 VLLM["vllm-core-moe"] = vllm_case("vllm-moe-untied", VllmConfig(process="core"))
@@ -153,10 +157,16 @@ VLLM_CORE = pytest.param(VLLM["vllm-core"], id="vllm-core", marks=[*needs_vllm, 
 
 
 def every(*cases: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", [*(pytest.param(CASES[c], id=c) for c in cases), *VLLM_PARAMETERS])
+    return pytest.mark.parametrize("case", [*map(own_parameter, cases), *VLLM_PARAMETERS])
+
+
+def own_parameter(name: str) -> Any:
+    """Those without tied embeddings repeat the others but for one matrix, so they are not in the fast suite."""
+    return pytest.param(CASES[name], id=name, marks=[pytest.mark.slow] if name.endswith("untied") else [])
 
 
 every_engine = every(*CASES)
-every_real_engine = every("local-dense", "local-moe")
-every_local_engine = pytest.mark.parametrize("case", [CASES["local-dense"], CASES["local-moe"]], ids=["dense", "moe"])
+LOCAL = [name for name in CASES if name != "scripted"]
+every_real_engine = every(*LOCAL)
+every_local_engine = pytest.mark.parametrize("case", [own_parameter(name) for name in LOCAL])
 """For what capabilities say that others lack."""
