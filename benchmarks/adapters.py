@@ -1,6 +1,6 @@
 """Drives every environment that the adapted packages list, each by an oracle or a random policy to its end, twice.
 
-    python -m benchmarks.adapters [--only gymnasium,minigrid,reasoning-gym,textarena] [--output FILE]
+    shoal bench adapters [--json] [--only gymnasium,minigrid,reasoning-gym,textarena] [--output FILE]
 
 An id counts as driven where its episode ended, and a second one from the same seed showed the same and gave the same
 reward. Failures are listed by id with their reason. Ids are driven in another process, which is killed where an id
@@ -16,18 +16,21 @@ import multiprocessing
 import multiprocessing.connection
 import random
 import re
+import sys
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.machine import describe_machine
 from envs.adapters.gymnasium_env import from_gymnasium
 from envs.adapters.reasoning_gym_env import from_reasoning_gym
 from envs.adapters.textarena_env import from_textarena, random_move
 from envs.base import AgentEnv, Oracle, call, say
 
+RESULT = Path(__file__).parent / "results" / "adapters.json"
 SEED = 3
 ID_TIMEOUT_S = 30.0
 TOY_TEXT = ("Taxi-v4", "FrozenLake-v1", "CliffWalking-v1", "CliffWalkingSlippery-v1", "Blackjack-v1")
@@ -167,16 +170,18 @@ def measure(source: str, names: list[str] | None = None) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="the result as one JSON object, last line")
     parser.add_argument("--only", default=",".join(PACKAGES), help="comma-separated sources")
-    parser.add_argument("--output", default="benchmarks/results/adapters.json")
+    parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args()
     result = {
         "name": "adapters",
         "machine": describe_machine(),
         "sources": {s: measure(s) for s in args.only.split(",")},
     }
-    Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({s: [r["listed"], r["driven"], r["seconds"]] for s, r in result["sources"].items()}))
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    counts = {s: [r["listed"], r["driven"], r["seconds"]] for s, r in result["sources"].items()}
+    print(json.dumps(result if args.json else counts))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The dashboard on a run far larger than usual, by a real browser; and what it costs a run to be watched.
 
-    python benchmarks/dashboard.py [--pairs 4] [--steps 60] [--only scale|cost] [--json]
+    shoal bench dashboard [--pairs 4] [--steps 60] [--only scale|cost] [--json]
 
 Scale: a run folder of 25,000 steps with 40 metrics, 100,000 trajectories and one more of 200 MB, written by the code
 that writes real ones. A fresh server and a fresh browser open its overview (cold), then every view that the page's own

@@ -1,6 +1,6 @@
 """The local engine against transformers' `generate`, paired: the same weights, prompts, output lengths and threads.
 
-    python benchmarks/engine.py [--threads 1] [--repeats 3] [--json]
+    shoal bench engine [--threads 1] [--repeats 3] [--json]
 
 Both sample at temperature 1 from a tiny hybrid model in fp32. Prompt and output lengths are fixed in
 engine_requests.json. `generate` runs all requests as one left-padded batch until the longest output is done; of its

@@ -1,6 +1,6 @@
 """How long running a line of untrusted code takes in each kind of sandbox, beside a bare subprocess.
 
-    python benchmarks/sandbox.py [--runs 200] [--json]
+    shoal bench sandbox [--runs 200] [--json]
 
 `start_ms` is the whole of one run as a caller sees it: send `1 + 1`, fork, confine, run, reply, clean up. The jail
 keeps its zygotes, bubblewrap starts anew for every run. `open_ms` is paid once in a process. `subprocess` is

@@ -1,11 +1,16 @@
 """The count of benchmarks/adapters.py: a stated subset always, every listed id where slow tests run (a minute)."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from benchmarks.adapters import listed, measure
+from rl.bench import run_benchmark
 
 pytestmark = pytest.mark.slow
 
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SUBSET = ["TicTacToe-v0", "ConnectFour-v0", "GuessTheNumber-v0", "IteratedPrisonersDilemma-v0", "Chess-v0"]
 
 
@@ -27,3 +32,22 @@ def test_nearly_all_that_a_package_lists_is_driven(source: str, module: str, cou
     result = measure(source)
     assert result["driven"] >= count, result["failures"]
     assert result["listed"] == len(listed(source)) == result["driven"] + len(result["failures"])
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem != "machine"))
+def test_every_benchmark_starts_from_the_checkout_and_explains_itself(
+    name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Run as a script, its own folder comes first on the path, where `envs` is a benchmark and no package."""
+    assert run_benchmark(name, ["--help"]) == 0
+    assert "--json" in capfd.readouterr().out
+    assert f"shoal bench {name}" in (BENCHMARKS / f"{name}.py").read_text()
+
+
+def test_the_adapters_benchmark_writes_what_it_prints(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "adapters.json"
+    assert run_benchmark("adapters", ["--only", "gymnasium", "--json", "--output", str(output)]) == 0
+    written = json.loads(output.read_text())
+    assert json.loads(capfd.readouterr().out.splitlines()[-1]) == written
+    assert written["sources"]["gymnasium"]["driven"] == written["sources"]["gymnasium"]["listed"] == 5
