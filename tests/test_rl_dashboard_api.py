@@ -23,6 +23,7 @@ from rl.dashboard.folders import NotThere, find_run
 from rl.dashboard.metrics import Cursor, MetricTable, read_new_lines, thin
 from rl.dashboard.security import Access
 from rl.dashboard.server import Dashboard, Stop, make_app
+from rl.dashboard.static_files import compiled_at_once
 from rl.dashboard.stream import follow
 from tests.dashboard_runs import PNG, RUN, XSS, make_run, metric_rows, start_server
 
@@ -252,6 +253,14 @@ def test_the_chart_library_comes_compressed_and_is_not_sent_twice(root: Path) ->
         for path in ("/charts.js", "/static/main.js", "/"):
             tag = client.get(path).headers["etag"]
             assert client.get(path, headers={"if-none-match": tag}).status_code == 304
+
+
+def test_the_chart_library_is_sent_so_that_it_is_compiled_as_it_arrives_and_else_unchanged() -> None:
+    source = b'(function(f) { f(); } (self !== "undefined" ? self : this, () => {\n"use strict";\nreturn 1;\n}));\n'
+    wanted = b'(function(f) { f(); } (self !== "undefined" ? self : this, (() => {\n"use strict";\nreturn 1;\n})));\n'
+    assert compiled_at_once(source) == wanted
+    for other in (wanted, b"", b"x: this, () => {", b"window.Plotly = {};"):
+        assert compiled_at_once(other) == other
 
 
 def test_the_newest_run_is_read_before_a_page_asks_and_nothing_is_read_where_there_is_none(tmp_path: Path) -> None:
