@@ -66,8 +66,8 @@ class ChartLibrary:
 def compiled_at_once(source: bytes) -> bytes:
     """The same program with its one large function in parentheses: `(.., () => {...})` becomes `(.., (() => {...}))`.
 
-    A browser compiles a script beside the page while it arrives, but a function that is handed on as an argument is only
-    skimmed: all of it is parsed once more, holding up the page, when it is called. Parentheses say that it will be called.
+    A browser compiles a script beside the page while it arrives, but a function that is handed on as an argument is
+    only skimmed: all of it is parsed once more, holding up the page, when it is called. Parentheses say it will be.
     A source of another form is left as it is.
     """
     opening, closing = b": this, () => {", b"}));"
