@@ -25,6 +25,8 @@ from rl.dashboard.security import Access
 from rl.dashboard.server import Dashboard, Stop, make_app
 from rl.dashboard.static_files import compiled_at_once
 from rl.dashboard.stream import follow
+from rl.dashboard.trace import trace_json
+from rl.run_folder import RunFolder
 from tests.dashboard_runs import PNG, RUN, XSS, make_run, metric_rows, start_server
 
 Ask = Callable[..., httpx.Response]
@@ -235,6 +237,26 @@ def test_heat_maps_count_the_trained_rows_of_each_stretch_of_steps(tmp_path: Pat
     assert all(column[place] == sum(column) > 0 for column in counts)  # three sampled tokens each, -0.5 against -1
     (folder / "trajectories.db").unlink()
     assert _client(tmp_path)(f"/api/runs/{RUN}/heatmaps").json() == {"steps": []}
+
+
+def test_the_trace_has_every_span_of_a_long_run_in_pieces_of_bounded_size(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    num = 30_000
+    rows = [
+        {"process": f"worker-{n % 4}", "activity": "generate", "start_s": n * 1.0, "end_s": n + 0.5} for n in range(num)
+    ]
+    bad = ['{"process": "w", "activity": "a", "start_s": 1e999, "end_s": 2}', '{"process": 1}', "no JSON", "[]"]
+    bad.append(json.dumps({"process": "w", "activity": "a", "start_s": 0, "end_s": 10**400}))
+    lines = [json.dumps(row) for row in rows]
+    (folder / "spans.jsonl").write_text("\n".join([*lines[:9], *bad, *lines[9:]]) + "\n")
+    events = _client(tmp_path)(f"/api/runs/{RUN}/perfetto.json").json()["traceEvents"]
+    lanes = {event["pid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    spans = [(lanes[e["pid"]], e["name"], e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6) for e in events if e["ph"] == "X"]
+    assert spans == [(row["process"], row["activity"], row["start_s"], row["end_s"]) for row in rows]
+    pieces = list(trace_json(RunFolder(path=folder), chunk_bytes=4096))
+    assert json.loads("".join(pieces))["traceEvents"] == events and max(map(len, pieces)) < 3 * 4096
+    (folder / "spans.jsonl").unlink()
+    assert _client(tmp_path)(f"/api/runs/{RUN}/perfetto.json").json() == {"traceEvents": []}
 
 
 def test_the_chart_library_comes_compressed_and_is_not_sent_twice(root: Path) -> None:
