@@ -23,9 +23,9 @@ from rl.dashboard.folders import NotThere, find_run
 from rl.dashboard.metrics import Cursor, MetricTable, read_new_lines, thin
 from rl.dashboard.security import Access
 from rl.dashboard.server import Dashboard, Stop, make_app
+from rl.dashboard.span_trace import trace_json
 from rl.dashboard.static_files import compiled_at_once
 from rl.dashboard.stream import follow
-from rl.dashboard.trace import trace_json
 from rl.run_folder import RunFolder
 from tests.dashboard_runs import PNG, RUN, XSS, make_run, metric_rows, start_server
 

@@ -15,7 +15,7 @@ from rl.dashboard.server import Dashboard, Stop
 from rl.dashboard.sweeps import T_975, interval
 from rl.run_folder import RunFolder
 from rl.sweep import run_sweep, swept_settings
-from tests.dashboard_runs import start_server, until
+from tests.dashboard_runs import save_picture, start_server, until
 
 SWEEP = "20261128-120000-beef"
 RESULTS = {  # (steps, seed) -> success after; the last has none yet
@@ -144,6 +144,7 @@ def test_the_page_of_a_sweep_shows_the_stored_results_and_draws_a_mean_with_its_
         low, high = interval([0.5, 0.75, 0.625])
         assert rows[0][3] == f"{low:.3g} to {high:.3g} over seeds" and rows[0][4:6] == ["3", "24"]
         assert page.inner_text("#progress") == "6 of 7 runs so far, 5 of them with a result"
+        save_picture(page, tmp_path, "sweep")
         drawn = page.evaluate(
             "document.getElementById('overlay').data.map((t) => [t.name, Array.from(t.x), Array.from(t.y)])"
         )

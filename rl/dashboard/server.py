@@ -23,9 +23,9 @@ from rl.dashboard import database, heat_maps, overview, processes, sweeps
 from rl.dashboard.folders import NotThere, Refused, config_group, confined, find_run, read_text
 from rl.dashboard.metrics import AXES, MetricTables
 from rl.dashboard.security import Access, Guard
+from rl.dashboard.span_trace import trace_json
 from rl.dashboard.static_files import STATIC, ChartLibrary, send_file, send_static
 from rl.dashboard.stream import MAX_STREAMS, follow
-from rl.dashboard.trace import trace_json
 from rl.notes import read_notes
 from rl.run_folder import LATEST, RunFolder, list_runs
 from rollout.codec import plain
