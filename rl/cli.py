@@ -213,7 +213,7 @@ COMMANDS: dict[str, Command | CommandTable] = {
         run=_sft,
     ),
     "ls": Command(
-        summary="list runs",
+        summary="list runs and their sweeps",
         examples="  shoal ls\n  shoal ls --tag baseline --text diverged\n  shoal ls --json",
         arguments=_ls_arguments,
         run=_ls,

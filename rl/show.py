@@ -7,7 +7,7 @@ visible, so that it can neither colour nor rewrite a terminal.
 import json
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any
@@ -24,7 +24,8 @@ from rl.alerts import active_alerts
 from rl.json_lines import read_json_lines
 from rl.notes import Notes, read_notes
 from rl.progress import duration, plain_console, sparkline, visible
-from rl.run_folder import RunFolder, RunFolderError
+from rl.run_folder import RunFolder, RunFolderError, RunSummary
+from rl.sweep_list import sweep_places, sweep_table, sweeps_of
 from rl.transcript import message_text
 from rl.usage import UsageError
 from rl.verdict import judge
@@ -57,7 +58,7 @@ def resolve_run(root: str, run: str) -> RunFolder:
 
 
 def list_runs(root: str, *, tags: Sequence[str] = (), text: str = "", as_json: bool = False) -> int:
-    """Runs, newest first; those that have every tag and, in name or note, the text."""
+    """Runs, newest first, then their sweeps; those that have every tag and, in name or note, the text."""
     every = run_folder.list_runs(root)
     notes = {run.name: read_notes(run.path) for run in every}
     runs = [
@@ -65,6 +66,7 @@ def list_runs(root: str, *, tags: Sequence[str] = (), text: str = "", as_json: b
         for run in every
         if set(tags) <= set(notes[run.name].tags) and text.lower() in f"{run.name}\n{notes[run.name].note}".lower()
     ]
+    places = sweep_places(runs)
     if as_json:
         rows = [
             {
@@ -76,10 +78,11 @@ def list_runs(root: str, *, tags: Sequence[str] = (), text: str = "", as_json: b
                 "summary": run.summary,
                 "note": notes[run.name].note,
                 "tags": notes[run.name].tags,
+                "sweep": places.get(run.name),
             }
             for run in runs
         ]
-        print(json.dumps({"runs": rows}))
+        print(json.dumps({"runs": rows, "sweeps": sweeps_of(places)}))
         return 0
     if every and not runs:
         print(f"none of the {len(every)} runs in {root}/ fits")
@@ -87,6 +90,14 @@ def list_runs(root: str, *, tags: Sequence[str] = (), text: str = "", as_json: b
     if not runs:
         print(f"no runs in {root}/ yet: shoal train env=calculator makes one")
         return 0
+    plain_console().print(_run_table(runs, notes))
+    if places:
+        print()
+        plain_console().print(sweep_table(sweeps_of(places)))
+    return 0
+
+
+def _run_table(runs: Sequence[RunSummary], notes: Mapping[str, Notes]) -> Table:
     noted = any(notes[run.name] != Notes() for run in runs)
     table = Table("run", "status", "step", "success", "started", *(["tags", "note"] if noted else []), box=None)
     for run in runs:
@@ -100,8 +111,7 @@ def list_runs(root: str, *, tags: Sequence[str] = (), text: str = "", as_json: b
             continue
         started = f"{duration(max(0.0, time.time() - run.state.started_s))} ago"
         table.add_row(run.name, str(run.state.status), str(run.state.step), success, started, *said)
-    plain_console().print(table)
-    return 0
+    return table
 
 
 def show_run(run: str, *, root: str = "runs", as_json: bool = False) -> int:

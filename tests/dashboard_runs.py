@@ -1,6 +1,7 @@
 """A run folder whose every text is hostile, and a dashboard server in a process of its own."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from rollout.recorder import Recorder, TrainedRow
 from rollout.trajectory import StopReason, Trajectory, TrajectoryGroup, Turn
 
 RUN = "run-a"
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
 XSS = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&\u2028</title>\x1b[31m"
 PNG = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000d49444154789c6360000002000001e221bc33"
@@ -130,3 +132,13 @@ def until(page: Any, condition: str, timeout: float = 30_000) -> None:
     while not page.evaluate(condition):
         assert time.monotonic() < deadline, f"{condition}: {page.inner_text('#view')[:300]}"
         time.sleep(0.05)
+
+
+def save_picture(page: Any, folder: Path, name: str) -> None:
+    """Into docs/images where SHOAL_SCREENSHOTS is set, else below `folder`. Two tests must not save one name: the docs
+    would show whichever ran last."""
+    folder = IMAGES if os.environ.get("SHOAL_SCREENSHOTS") else folder / "pictures"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"dashboard-{name}.png"
+    page.screenshot(path=path)
+    assert path.stat().st_size > 5_000

@@ -23,7 +23,10 @@ from rl.dashboard.folders import NotThere, find_run
 from rl.dashboard.metrics import Cursor, MetricTable, read_new_lines, thin
 from rl.dashboard.security import Access
 from rl.dashboard.server import Dashboard, Stop, make_app
+from rl.dashboard.span_trace import trace_json
+from rl.dashboard.static_files import compiled_at_once
 from rl.dashboard.stream import follow
+from rl.run_folder import RunFolder
 from tests.dashboard_runs import PNG, RUN, XSS, make_run, metric_rows, start_server
 
 Ask = Callable[..., httpx.Response]
@@ -236,6 +239,26 @@ def test_heat_maps_count_the_trained_rows_of_each_stretch_of_steps(tmp_path: Pat
     assert _client(tmp_path)(f"/api/runs/{RUN}/heatmaps").json() == {"steps": []}
 
 
+def test_the_trace_has_every_span_of_a_long_run_in_pieces_of_bounded_size(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    num = 30_000
+    rows = [
+        {"process": f"worker-{n % 4}", "activity": "generate", "start_s": n * 1.0, "end_s": n + 0.5} for n in range(num)
+    ]
+    bad = ['{"process": "w", "activity": "a", "start_s": 1e999, "end_s": 2}', '{"process": 1}', "no JSON", "[]"]
+    bad.append(json.dumps({"process": "w", "activity": "a", "start_s": 0, "end_s": 10**400}))
+    lines = [json.dumps(row) for row in rows]
+    (folder / "spans.jsonl").write_text("\n".join([*lines[:9], *bad, *lines[9:]]) + "\n")
+    events = _client(tmp_path)(f"/api/runs/{RUN}/perfetto.json").json()["traceEvents"]
+    lanes = {event["pid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    spans = [(lanes[e["pid"]], e["name"], e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6) for e in events if e["ph"] == "X"]
+    assert spans == [(row["process"], row["activity"], row["start_s"], row["end_s"]) for row in rows]
+    pieces = list(trace_json(RunFolder(path=folder), chunk_bytes=4096))
+    assert json.loads("".join(pieces))["traceEvents"] == events and max(map(len, pieces)) < 3 * 4096
+    (folder / "spans.jsonl").unlink()
+    assert _client(tmp_path)(f"/api/runs/{RUN}/perfetto.json").json() == {"traceEvents": []}
+
+
 def test_the_chart_library_comes_compressed_and_is_not_sent_twice(root: Path) -> None:
     until = time.monotonic() + 20
     with TestClient(
@@ -252,6 +275,14 @@ def test_the_chart_library_comes_compressed_and_is_not_sent_twice(root: Path) ->
         for path in ("/charts.js", "/static/main.js", "/"):
             tag = client.get(path).headers["etag"]
             assert client.get(path, headers={"if-none-match": tag}).status_code == 304
+
+
+def test_the_chart_library_is_sent_so_that_it_is_compiled_as_it_arrives_and_else_unchanged() -> None:
+    source = b'(function(f) { f(); } (self !== "undefined" ? self : this, () => {\n"use strict";\nreturn 1;\n}));\n'
+    wanted = b'(function(f) { f(); } (self !== "undefined" ? self : this, (() => {\n"use strict";\nreturn 1;\n})));\n'
+    assert compiled_at_once(source) == wanted
+    for other in (wanted, b"", b"x: this, () => {", b"window.Plotly = {};"):
+        assert compiled_at_once(other) == other
 
 
 def test_the_newest_run_is_read_before_a_page_asks_and_nothing_is_read_where_there_is_none(tmp_path: Path) -> None:

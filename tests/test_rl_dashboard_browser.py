@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import re
 import signal
 import sqlite3
@@ -17,8 +16,6 @@ from rl.notes import Notes, write_notes
 from rl.run_folder import RunFolder
 from rollout.lineage import read_lineage, story
 from tests.dashboard_runs import RUN, XSS, make_run, metric_rows, start_server, until
-
-IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 pytestmark = pytest.mark.browser
 
@@ -51,9 +48,6 @@ def test_every_view_shows_what_the_rows_say_and_survives_a_killed_server(page, t
         last = [row for row in metric_rows(folder) if row["kind"] == "step"][-1]
         shown = page.inner_text("[data-metric='reward/mean'] b")
         assert float(shown) == pytest.approx(last["reward/mean"], rel=1e-2)
-        if os.environ.get("SHOAL_SCREENSHOTS"):
-            IMAGES.mkdir(exist_ok=True)
-            page.screenshot(path=IMAGES / "dashboard-overview.png")
 
         page.goto(f"{address}#/run/{RUN}/trajectories")
         page.wait_for_selector("[aria-label=status]")

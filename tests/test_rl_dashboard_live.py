@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import sqlite3
 import subprocess
@@ -12,19 +11,17 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import pytest
 import yaml
 
-from tests.dashboard_runs import metric_rows, start_server, until
+from tests.dashboard_runs import metric_rows, save_picture, start_server, until
 from tests.training import SMALL
 
 pytestmark = pytest.mark.browser
 
 RUN = "live-run"
-IMAGES = Path(__file__).parents[1] / "docs" / "images"
 TRAIN = (
     *("env=calculator", "steps=100000", "evaluation.final_tasks=8", "rollout.max_turn_tokens=8"),
     *("learner.self_check_tolerance=1e9", f"run.name={RUN}"),
@@ -97,7 +94,7 @@ def _check_every_view(page: Any, address: str, folder: Path) -> None:
         page.goto(f"{address}#/run/{RUN}/{view}" if view else f"{address}#/")
         until(page, "document.getElementById('view').dataset.ready === (location.hash || '#/')")
         if picture:
-            _picture(page, folder.parent, picture)
+            save_picture(page, folder.parent, picture)
         return page.inner_text("#view")
 
     try:
@@ -224,7 +221,7 @@ def _check_lineage(page: Any, visit: Callable[..., str], folder: Path, db: sqlit
     visit(f"trajectory/{row}")
     page.click("#view a:text-is('lineage')")
     until(page, "document.getElementById('view').dataset.ready === location.hash && location.hash.includes('lineage')")
-    _picture(page, folder.parent, "lineage")
+    save_picture(page, folder.parent, "lineage")
     cells = [line.locator("td").all_inner_texts() for line in page.locator("[data-event]").all()]
     assert [(c[0], float(c[2])) for c in cells] == [(e[1], _digits(e[2] - events[0][2], 4)) for e in events]
     assert [c[0] for c in cells] == ["issued", "leased", "committed", "consumed"]
@@ -234,15 +231,6 @@ def _check_lineage(page: Any, visit: Callable[..., str], folder: Path, db: sqlit
     visit("lineage")
     shown = [int(line.get_attribute("data-event")) for line in page.locator("[data-event]").all()]
     assert shown == [number for (number,) in newest]
-
-
-def _picture(page: Any, folder: Path, name: str) -> None:
-    """Into docs/images where SHOAL_SCREENSHOTS is set."""
-    folder = IMAGES if os.environ.get("SHOAL_SCREENSHOTS") else folder / "pictures"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"dashboard-{quote(name)}.png"
-    page.screenshot(path=path)
-    assert path.stat().st_size > 5_000
 
 
 def _digits(value: float, digits: int) -> float:

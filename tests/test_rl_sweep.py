@@ -15,7 +15,7 @@ from rl.dashboard.server import Dashboard, Stop
 from rl.dashboard.sweeps import T_975, interval
 from rl.run_folder import RunFolder
 from rl.sweep import run_sweep, swept_settings
-from tests.dashboard_runs import start_server, until
+from tests.dashboard_runs import save_picture, start_server, until
 
 SWEEP = "20261128-120000-beef"
 RESULTS = {  # (steps, seed) -> success after; the last has none yet
@@ -83,6 +83,32 @@ def test_one_seed_has_the_interval_of_its_own_tasks_and_broken_manifests_are_of_
     assert (row["seeds"], row["mean"], row["low"], row["high"], row["over"]) == (1, 0.5, 0.1, 0.9, "tasks")
 
 
+def test_ls_lists_sweeps_below_the_runs_and_what_differs_in_them(capsys, tmp_path: Path) -> None:
+    make_sweep(tmp_path)
+    alone = RunFolder.create(tmp_path, "calc", "tiny", name="alone")
+    here = ["ls", "--root", str(tmp_path)]
+    assert main([*here, "--text", "alone"]) == 0
+    assert "sweep" not in capsys.readouterr().out  # no table where there is nothing to list
+    assert main(here) == 0
+    told = capsys.readouterr().out
+    assert "6 of 7" in told and "learner.steps=2,4 seed=0,1,2" in told and told.index("alone") < told.index("6 of 7")
+    assert main([*here, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    names = [f"calc-{SWEEP}-{number}" for number in range(1, 7)]
+    varied = {"learner.steps": ["2", "4"], "seed": ["0", "1", "2"]}
+    assert answer["sweeps"] == [{"id": SWEEP, "runs": names, "of": 7, "varied": varied}]
+    of = {row["run"]: row["sweep"] for row in answer["runs"]}
+    assert of[alone.name] is None and of[names[3]]["number"] == 4 and of[names[3]]["settings"]["learner.steps"] == "4"
+
+
+def test_what_a_manifest_says_of_its_sweep_is_printed_as_text(capsys, tmp_path: Path) -> None:
+    place = {"id": "[red]x\x1b[31m", "number": 1, "of": 1, "settings": {"[bold]k": "\x1b[2J"}}
+    RunFolder.create(tmp_path, "calc", "tiny", name="a").write_manifest(seed=1, environments={}, argv=[], sweep=place)
+    main(["ls", "--root", str(tmp_path)])
+    told = capsys.readouterr().out
+    assert "\x1b" not in told and "[red]x" in told and "[bold]k=" in told
+
+
 @pytest.mark.slow
 def test_each_run_of_a_sweep_notes_in_its_manifest_which_one_it_is(capsys, tmp_path: Path) -> None:
     words = ["experiment=smoke", "cluster=inprocess", "monitor=quiet", f"run.root={tmp_path}"]
@@ -118,6 +144,7 @@ def test_the_page_of_a_sweep_shows_the_stored_results_and_draws_a_mean_with_its_
         low, high = interval([0.5, 0.75, 0.625])
         assert rows[0][3] == f"{low:.3g} to {high:.3g} over seeds" and rows[0][4:6] == ["3", "24"]
         assert page.inner_text("#progress") == "6 of 7 runs so far, 5 of them with a result"
+        save_picture(page, tmp_path, "sweep")
         drawn = page.evaluate(
             "document.getElementById('overlay').data.map((t) => [t.name, Array.from(t.x), Array.from(t.y)])"
         )

@@ -92,27 +92,3 @@ def workers(folder: RunFolder) -> dict[str, Any]:
     for known in found.values():  # who made episodes and never got into trouble
         known["state"] = known.get("state") or ("healthy" if known.get("episodes") else None)
     return {"workers": [found[name] for name in sorted(found)], "episodes_of": database.RECENT}
-
-
-def perfetto(folder: RunFolder) -> dict[str, Any]:
-    """Spans as trace events that Perfetto and chrome://tracing open."""
-    rows = [row for row in last_rows(folder, folder.spans, 20_000) if _is_span(row)]
-    lanes = {name: lane for lane, name in enumerate(sorted({row["process"] for row in rows}))}
-    names = [{"ph": "M", "name": "process_name", "pid": lane, "args": {"name": name}} for name, lane in lanes.items()]
-    events = [
-        {
-            "ph": "X",
-            "name": row["activity"],
-            "pid": lanes[row["process"]],
-            "tid": 0,
-            "ts": row["start_s"] * 1e6,
-            "dur": (row["end_s"] - row["start_s"]) * 1e6,
-        }
-        for row in rows
-    ]
-    return {"traceEvents": names + events}
-
-
-def _is_span(row: dict[str, Any]) -> bool:
-    texts = isinstance(row.get("process"), str) and isinstance(row.get("activity"), str)
-    return texts and all(isinstance(row.get(name), int | float) for name in ("start_s", "end_s"))

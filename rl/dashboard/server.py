@@ -1,6 +1,7 @@
 """The dashboard's server: a Starlette application over one folder of runs, read only.
 
-Every answer is bounded: rows by paging, series by thinning, texts and files by bytes. An answer is made of the run's
+Every answer is bounded: rows by paging, series by thinning, texts and files by bytes; what is for other programs, CSV
+and traces, is whole and sent in pieces. An answer is made of the run's
 files at the time of asking; nothing is kept but the columns of metrics.jsonl.
 """
 
@@ -22,6 +23,7 @@ from rl.dashboard import database, heat_maps, overview, processes, sweeps
 from rl.dashboard.folders import NotThere, Refused, config_group, confined, find_run, read_text
 from rl.dashboard.metrics import AXES, MetricTables
 from rl.dashboard.security import Access, Guard
+from rl.dashboard.span_trace import trace_json
 from rl.dashboard.static_files import STATIC, ChartLibrary, send_file, send_static
 from rl.dashboard.stream import MAX_STREAMS, follow
 from rl.notes import read_notes
@@ -181,9 +183,6 @@ class Dashboard:
     def spans(self, folder: RunFolder, query: Mapping[str, str]) -> dict[str, Any]:
         return {"spans": processes.last_rows(folder, folder.spans, _whole(query, "limit", 1500, 1, 5000))}
 
-    def perfetto(self, folder: RunFolder, _: Mapping[str, str]) -> dict[str, Any]:
-        return processes.perfetto(folder)
-
     def _database(self, folder: RunFolder, ask: Callable[[Any], Any], empty: Any = None) -> Any:
         """`empty` answers where the run has no file of trajectories yet."""
         if empty is not None and not folder.trajectories.is_file():
@@ -220,7 +219,7 @@ def make_app(root: Path, access: Access, stop: Stop | None = None) -> Guard:
         Route("/api/runs/{run}", _answer_of_run(board, board.run)),
         *(Route(f"/api/runs/{{run}}/{name}", _answer_of_run(board, getattr(board, name))) for name in of_run),
         Route("/api/runs/{run}/spans", _answer_of_run(board, board.spans)),
-        Route("/api/runs/{run}/perfetto.json", _answer_of_run(board, board.perfetto)),
+        Route("/api/runs/{run}/perfetto.json", functools.partial(_trace, board)),
         Route("/api/runs/{run}/csv", functools.partial(_csv, board)),
         Route("/api/runs/{run}/images/{sha256}", functools.partial(_image, board)),
         Route("/api/runs/{run}/stream", functools.partial(_stream, board)),
@@ -288,6 +287,15 @@ def _csv(board: Dashboard, request: Request) -> Response:
     lines = board.tables.get(folder.metrics).csv_lines(keys)
     name = {"content-disposition": f'attachment; filename="{folder.name}.csv"'}
     return StreamingResponse(lines, media_type="text/csv", headers=name)
+
+
+def _trace(board: Dashboard, request: Request) -> Response:
+    try:
+        folder = find_run(board.root, request.path_params["run"])
+    except NotThere as error:
+        return _failure(error)
+    headers = {"cache-control": "no-store"}
+    return StreamingResponse(trace_json(folder), media_type="application/json", headers=headers)
 
 
 def _image(board: Dashboard, request: Request) -> Response:

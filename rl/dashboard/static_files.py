@@ -14,10 +14,8 @@ TYPES = {".js": "text/javascript", ".css": "text/css", ".html": "text/html", ".s
 
 def send_file(request: Request, path: Path) -> Response:
     """A file of the page. A browser that has it asks whether it changed, so a newer Shoal is seen at once."""
-    stat = path.stat()
-    tag = f'"{stat.st_mtime_ns:x}-{stat.st_size:x}"'
-    headers = {"cache-control": "no-cache", "etag": tag}
-    if request.headers.get("if-none-match") == tag:
+    headers = {"cache-control": "no-cache", "etag": _tag(path)}
+    if request.headers.get("if-none-match") == headers["etag"]:
         return Response(status_code=304, headers=headers)
     return FileResponse(path, media_type=TYPES[path.suffix], headers=headers)
 
@@ -32,7 +30,7 @@ def send_static(request: Request) -> Response:
 class ChartLibrary:
     """The JavaScript that the installed plotly package carries, found without importing it.
 
-    Whoever asks before the compressed copy is ready gets the file as it is: nobody waits for the compression.
+    Whoever asks before the compressed copy is ready gets it as it is: nobody waits for the compression.
     """
 
     def __init__(self) -> None:
@@ -50,14 +48,37 @@ class ChartLibrary:
             threading.Thread(target=self._compress, name="compress-charts", daemon=True).start()
 
     def send(self, request: Request) -> Response:
-        answer = send_file(request, self._path)
-        answer.headers["vary"] = "accept-encoding"
-        takes_gzip = "gzip" in request.headers.get("accept-encoding", "")
-        if answer.status_code != 200 or not self._compressed or not takes_gzip:
-            return answer
-        headers = {name: answer.headers[name] for name in ("cache-control", "etag", "vary")}
-        headers["content-encoding"] = "gzip"
-        return Response(self._compressed, media_type=TYPES[".js"], headers=headers)
+        headers = {"cache-control": "no-cache", "etag": _tag(self._path, "compiled-at-once"), "vary": "accept-encoding"}
+        if request.headers.get("if-none-match") == headers["etag"]:
+            return Response(status_code=304, headers=headers)
+        body = self._compressed if "gzip" in request.headers.get("accept-encoding", "") else b""
+        if body:
+            headers["content-encoding"] = "gzip"
+        return Response(body or self._read(), media_type=TYPES[".js"], headers=headers)
 
     def _compress(self) -> None:
-        self._compressed = gzip.compress(self._path.read_bytes(), 6, mtime=0)
+        self._compressed = gzip.compress(self._read(), 6, mtime=0)
+
+    def _read(self) -> bytes:
+        return compiled_at_once(self._path.read_bytes())
+
+
+def compiled_at_once(source: bytes) -> bytes:
+    """The same program with its one large function in parentheses: `(.., () => {...})` becomes `(.., (() => {...}))`.
+
+    A browser compiles a script beside the page while it arrives, but a function that is handed on as an argument is
+    only skimmed: all of it is parsed once more, holding up the page, when it is called. Parentheses say it will be.
+    A source of another form is left as it is.
+    """
+    opening, closing = b": this, () => {", b"}));"
+    at, body = source.find(opening, 0, 2000), source.rstrip()
+    if at < 0 or not body.endswith(closing):
+        return source
+    start, end = at + len(b": this, "), len(body) - len(b"));")
+    return b"%b(%b)%b\n" % (body[:start], body[start:end], body[end:])
+
+
+def _tag(path: Path, form: str = "") -> str:
+    """Another one when the file changes, or what is made of it."""
+    stat = path.stat()
+    return f'"{stat.st_mtime_ns:x}-{stat.st_size:x}{form}"'

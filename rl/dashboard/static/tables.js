@@ -81,6 +81,6 @@ export async function timelineView(view, run, query, signal) {
   const whole = spans.filter((span) => typeof span.start_s === "number" && typeof span.end_s === "number");
   const chart = el("div", { class: "chart tall" });
   fill(view, el("h1", {}, "Timeline"), el("p", {}, `the newest ${whole.length} spans · `,
-    el("a", { href: address(["runs", run, "perfetto.json"]), download: `${run}-trace.json` }, "all for Perfetto")), chart);
+    el("a", { href: address(["runs", run, "perfetto.json"]), download: `${run}-trace.json` }, "all spans, for Perfetto")), chart);
   await drawTimeline(chart, whole);
 }
