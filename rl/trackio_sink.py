@@ -20,7 +20,8 @@ from rl.sinks import Tracker
 WRITER = (sys.executable, "-m", "rl.trackio_writer")
 NOT_PASSED_ON = ("TRACKIO_", "HF_", "HUGGING_FACE_", "HUGGINGFACE_", "SPACE_")
 """Beginnings of variables that name a Space, a bucket, a server, a webhook or a token."""
-START_S = 60.0
+START_S = 180.0
+"""Its first import takes half a minute on a busy machine with a cold disk; rows queue up meanwhile."""
 ANSWER_S = 20.0
 FINISH_S = 40.0
 EXIT_S = 10.0
@@ -61,16 +62,16 @@ class TrackioTracker:
             self._end(EXIT_S)
 
     def _exchange(self, data: dict[str, Any], deadline_s: float) -> None:
-        """Raises RuntimeError with what trackio says, OSError where nothing answers."""
+        """Raises RuntimeError with what trackio says, ConnectionError where nothing answers."""
         try:
             self._channel.settimeout(deadline_s)
             self._channel.sendall(json.dumps(data).encode() + b"\n")
             line = self._answers.readline()
             if not line:
-                raise ConnectionError("the process that writes for trackio has ended")
-        except OSError:
+                raise ConnectionError("it has ended")
+        except OSError as error:
             self._end()
-            raise
+            raise ConnectionError(f"trackio's process does not answer: {error}") from error
         if problem := json.loads(line)["problem"]:
             raise RuntimeError(problem)
 
