@@ -51,6 +51,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "cluster.strategy": ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"),
     "monitor.wandb": ("offline", "online", "disabled"),
 }
+CHOICES_OF_LISTS: dict[str, tuple[str, ...]] = {"monitor.trackers": ("tensorboard", "trackio")}
+"""Any of these names, each once."""
 CHOICES_OR_IMPORT: dict[str, tuple[str, ...]] = {
     "learner.optimizer.name": ("adamw",),
     "learner.loss.advantage": ("grpo", "dr_grpo"),
@@ -237,6 +239,15 @@ def _check_choices(config: TrainConfig) -> None:
         value = lookup(config, key)
         if value not in options:
             raise ConfigError(f"{key}={value!r} is unknown.{nearest(value, options)} Allowed: {', '.join(options)}")
+    for key, options in CHOICES_OF_LISTS.items():
+        values = lookup(config, key)
+        for value in values:
+            if value not in options:
+                raise ConfigError(
+                    f"{key}: {value!r} is unknown.{nearest(value, options)} Allowed: {', '.join(options)}"
+                )
+            if values.count(value) > 1:
+                raise ConfigError(f"{key}: {value!r} is there {values.count(value)} times")
     for key, options in CHOICES_OR_IMPORT.items():
         value = lookup(config, key)
         if value in options:

@@ -28,6 +28,8 @@ from conf.schema import TrainConfig
 
 CONF_FOLDER = Path(__file__).parent
 GROUPS = ("env", "curriculum", "policy", "engine", "rollout", "learner", "cluster", "monitor", "experiment")
+REPLACED = {"monitor.tensorboard": "monitor.trackers=[tensorboard]"}
+"""Key that is no more -> what is written instead, where no likeness of names tells it."""
 CODE_KEY = re.compile(r"(^|\.)_(target|args|partial|recursive|convert)_$")
 
 
@@ -164,6 +166,8 @@ def _check_key(key: str) -> None:
 
 
 def _unknown_key(key: str, section: str) -> str:
+    if key in REPLACED:
+        return f"unknown key {key!r}. Write {REPLACED[key]} instead"
     known = [*leaf_keys(TrainConfig()), *GROUPS]
     if section.startswith("env.mix."):
         known = [f"{section}.{name}" for name in ("id", "weight", "level", "kwargs")]

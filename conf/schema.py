@@ -350,11 +350,11 @@ class MonitorConfig:
     transcript: bool = True
     """Print one task before and after training."""
     samples_every: int = 25
-    """Learner steps between tables of sampled trajectories in wandb; 0 = none."""
+    """Learner steps between tables of sampled trajectories in wandb and trackio; 0 = none."""
     upload_checkpoints: bool = False
     """Checkpoints as wandb artifacts."""
-    tensorboard: bool = False
-    """Also write TensorBoard files (extra `tensorboard`)."""
+    trackers: tuple[str, ...] = ()
+    """More copies of the metrics, in the run's folder: "tensorboard", "trackio" (extras of these names)."""
     prometheus_port: int = 0
     """Serve the newest metrics on this port of 127.0.0.1 (extra `prometheus`); 0 = off."""
     alerts: AlertConfig = field(default_factory=AlertConfig)

@@ -170,10 +170,14 @@ def _sinks_of(folder: Path, config: TrainConfig) -> list[MetricSink]:
         from rl.wandb_sink import start_wandb
 
         sinks.append(ThreadedSink(lambda: start_wandb(folder, config), name="wandb"))
-    if asked.tensorboard:
+    if "tensorboard" in asked.trackers:
         from rl.tensorboard_export import start_tensorboard
 
         sinks.append(ThreadedSink(lambda: start_tensorboard(folder), name="tensorboard"))
+    if "trackio" in asked.trackers:
+        from rl.trackio_sink import start_trackio
+
+        sinks.append(ThreadedSink(lambda: start_trackio(folder, config), name="trackio"))
     if asked.prometheus_port:
         from rl.prometheus import start_prometheus
 

@@ -1,4 +1,4 @@
-"""TensorBoard files, while a run goes on (`monitor.tensorboard=true`) or of one that lies there."""
+"""TensorBoard files, while a run goes on (`monitor.trackers=[tensorboard]`) or of one that lies there."""
 
 from itertools import pairwise
 from math import nan

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from conf import schema
-from conf.checks import CHOICES, CHOICES_OR_IMPORT, FRACTIONS, POSITIVE, RANGES
+from conf.checks import CHOICES, CHOICES_OF_LISTS, CHOICES_OR_IMPORT, FRACTIONS, POSITIVE, RANGES
 from conf.loading import CONF_FOLDER, GROUPS, options_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
@@ -92,6 +92,8 @@ def _default(item: Field[Any]) -> str:
 def _allowed(key: str, kind: Any) -> str:
     if key in CHOICES:
         return ", ".join(CHOICES[key])
+    if key in CHOICES_OF_LISTS:
+        return "a list of " + ", ".join(CHOICES_OF_LISTS[key])
     if key in CHOICES_OR_IMPORT:
         return ", ".join((*CHOICES_OR_IMPORT[key], "module:function"))
     if key in POSITIVE:

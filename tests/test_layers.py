@@ -17,13 +17,14 @@ NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 ALLOWED: dict[str, tuple[str, ...]] = {
     "ray": ("*/actors.py", "rl/cluster.py"),
     "wandb": ("rl/wandb_sink.py",),
+    "trackio": ("rl/trackio_writer.py",),
     "vllm": ("policy/vllm_*.py",),
     "hydra": ("conf/loading.py",),
     "omegaconf": ("conf/loading.py",),
     "torch": ("policy/*", "rollout/*", "rl/*"),
 }
 """Module -> files that may import it at all."""
-LAZY = ("wandb", "vllm")
+LAZY = ("wandb", "trackio", "vllm")
 """Never imported while a module is being imported."""
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60

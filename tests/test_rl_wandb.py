@@ -164,7 +164,7 @@ def test_groups_of_which_nothing_can_be_trained_have_no_histogram():
 
 
 def test_tensorboard_s_own_reader_finds_every_number(tmp_path):
-    monitor = Monitor(tmp_path, load_config(["monitor=quiet", "monitor.tensorboard=true"]))
+    monitor = Monitor(tmp_path, load_config(["monitor=quiet", "monitor.trackers=[tensorboard]"]))
     monitor.step(4, 4, METRICS)
     monitor.detail(4, lambda _: {"histograms": {"hist/length": {"counts": [2, 1], "edges": [0, 1, 2]}}, "samples": []})
     monitor.close()
