@@ -26,6 +26,7 @@ from policy.weight_store import PolicySnapshot, WeightSyncError
 DEADLINE_S = 80.0
 """Of a transfer; less than the silence after which a vLLM core counts as stuck (`policy.vllm_core.HANG_S`)."""
 REQUEST_S = 10.0
+REFUSAL_S = 1.0
 ACCEPT_S = 0.5
 """How soon `close` is noticed."""
 
@@ -109,7 +110,7 @@ class WeightSender:
             transfer, leads = self._join(request, line)
         except (OSError, ValueError, KeyError, TypeError, WeightSyncError) as error:
             log.warning("a request for weights was refused: %r", error)
-            _refuse([line], error, until)
+            _refuse([line], error)
             return
         if not leads:
             return
@@ -120,7 +121,7 @@ class WeightSender:
             log.info("version %d -> %d ranks, %s, %.3f s", transfer.snapshot.version, transfer.ranks, backend, took_s)
         except (OSError, RuntimeError, ValueError) as error:  # of sockets, of torch.distributed, of JSON
             log.warning("version %d did not arrive: %r", transfer.snapshot.version, error)
-            _refuse(list(transfer.lines.values()), error, until)
+            _refuse(list(transfer.lines.values()), error)
         finally:
             with self._lock:
                 del self._transfers[request["transfer"]]
@@ -184,8 +185,8 @@ class WeightSender:
         return "nccl" if apart and c10d.is_nccl_available() else "gloo"
 
 
-def _refuse(lines: list[Line], error: Exception, until: float) -> None:
+def _refuse(lines: list[Line], error: Exception) -> None:
     for line in lines:
         with contextlib.suppress(OSError):  # it is gone, or has failed by itself
-            line.say({"error": f"{error}"}, until)
+            line.say({"error": str(error)}, time.monotonic() + REFUSAL_S)
         line.close()

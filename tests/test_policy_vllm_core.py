@@ -132,7 +132,7 @@ async def test_weights_by_broadcast_are_those_by_file_and_what_does_not_arrive_l
         await engine.load_weights(StoredSnapshot.write(case.snapshot(2, seed=1), tmp_path, keep=1).open())
         by_file = await greedy()
         await engine.load_weights(case.snapshot(3, seed=2))
-        assert (await greedy())[0] != by_file[0]
+        assert (await greedy())[1] != by_file[1]  # other logprobs, though perhaps the same tokens
         await engine.load_weights(sender.offer(case.snapshot(4, seed=1)))  # compared with the digests by every rank
         assert await greedy() == (*by_file[:2], {4})
         offer = sender.offer(case.snapshot(5, seed=2))
