@@ -40,7 +40,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "engine.vllm.process": ("inproc", "core"),
     "engine.vllm.dtype": ("bfloat16", "float16", "float32", "auto"),
     "engine.vllm.kv_cache_dtype": ("auto", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"),
-    "engine.vllm.transport": ("objects", "files", "nccl"),
+    "engine.vllm.transport": ("objects", "files", "broadcast"),
     "rollout.lock": ("none", "turn", "trajectory", "group"),
     "rollout.cache_policy": ("keep", "recompute"),
     "learner.optimizer.schedule": ("constant", "cosine"),
@@ -389,11 +389,6 @@ def _vllm_problems(config: TrainConfig) -> Iterator[str]:
             yield f"engine.vllm.extra.{name} is decided by {VLLM_ARGUMENTS[name]}: set that one"
         if name in VLLM_FIXED:
             yield f"engine.vllm.extra.{name} cannot be set: {VLLM_FIXED[name]}"
-    if vllm.transport == "nccl":
-        yield (
-            "engine.vllm.transport=nccl is not written yet: its group of GPUs is fixed when it is made, and workers "
-            "come and go. Allowed: objects, files"
-        )
     if vllm.transport != "objects" and config.cluster.kind == "inprocess":
         yield f"engine.vllm.transport={vllm.transport} has no effect: cluster.kind=inprocess"
 

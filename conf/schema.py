@@ -132,7 +132,7 @@ class VllmConfig:
     """False = compile and capture the model first: slower to start, and faster on GPUs only."""
     transport: str = "objects"
     """How new weights travel: "objects" (Ray's object store) | "files" (in the run's folder, mapped by every engine) |
-    "nccl" (between GPUs: not written yet)."""
+    "broadcast" (from the learner's process to every device of an engine: NCCL between GPUs, gloo elsewhere)."""
     routes: bool = True
     """Record which experts each token went through, for the learner to replay; says nothing of dense models."""
     extra: dict[str, Any] = field(default_factory=dict)

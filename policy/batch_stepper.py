@@ -20,12 +20,13 @@ import torch
 
 from conf.schema import EngineConfig
 from policy.checkpoint_io import load_numpy_tensors
-from policy.engine import CachePolicy, Completion, EngineError, EngineStats, FinishReason
+from policy.engine import CachePolicy, Completion, EngineError, EngineStats, FinishReason, Snapshot
 from policy.model import PolicyModel
 from policy.running_batch import RunningBatch, Ticket
 from policy.sampling import SamplingRows
 from policy.session_slots import KeptState, SessionSlots
-from policy.weight_store import PolicySnapshot
+from policy.weight_offer import OfferedSnapshot
+from policy.weight_store import WeightSyncError
 
 PREFILL_TOKENS = 1024
 """Most tokens of one packed prefill (a longer prompt goes alone), so that running requests do not starve."""
@@ -110,8 +111,10 @@ class BatchStepper:
             if ticket.request.session_id == session_id:
                 ticket.keeps_session = False
 
-    def swap(self, snapshot: PolicySnapshot, cache_policy: CachePolicy) -> None:
+    def swap(self, snapshot: Snapshot, cache_policy: CachePolicy) -> None:
         """Serve other weights from the next step on. Raises `WeightSyncError`, all as before, if they do not fit."""
+        if isinstance(snapshot, OfferedSnapshot):
+            raise WeightSyncError(f"version {snapshot.version} is an offer; engine=local takes tensors alone")
         load_numpy_tensors(self._model, snapshot.tensors)
         self._model.refresh_decode_weights()
         self.policy_version = snapshot.version

@@ -8,10 +8,13 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from policy.weight_offer import OfferedSnapshot
 from policy.weight_store import PolicySnapshot
 
 FinishReason = Literal["stop", "length", "abort", "deadline"]
 CachePolicy = Literal["keep", "recompute"]
+Snapshot = PolicySnapshot | OfferedSnapshot
+"""Weights of a version, here or to be pulled."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,10 +146,10 @@ class Engine(Protocol):
 
     async def close_session(self, session_id: str) -> None: ...
 
-    async def load_weights(self, snapshot: PolicySnapshot, *, cache_policy: CachePolicy = "recompute") -> None:
+    async def load_weights(self, snapshot: Snapshot, *, cache_policy: CachePolicy = "recompute") -> None:
         """Verify, then swap between two decode steps; running requests go on under the new weights.
 
-        Raises `WeightSyncError` and keeps serving the old version where anything differs.
+        Raises `WeightSyncError` and keeps serving the old version where anything differs, or an offer cannot be pulled.
         """
         ...
 

@@ -31,12 +31,13 @@ from policy.engine import (
     EngineError,
     EngineStats,
     GenerationRequest,
+    Snapshot,
     UnsupportedRequest,
 )
 from policy.request_limits import check_request
 from policy.running_batch import Ticket
 from policy.sampling import stream_key
-from policy.weight_store import PolicySnapshot, WeightSyncError
+from policy.weight_store import WeightSyncError
 
 GRACE_S = 30.0
 """How much later than its deadline an answer may come before its engine counts as stuck."""
@@ -79,7 +80,7 @@ class Stepper(Protocol):
 
     def close_session(self, session_id: str) -> None: ...
 
-    def swap(self, snapshot: PolicySnapshot, cache_policy: CachePolicy) -> None:
+    def swap(self, snapshot: Snapshot, cache_policy: CachePolicy) -> None:
         """Serve other weights from the next step on. Raises `WeightSyncError`, all as before, if they do not fit."""
         ...
 
@@ -190,7 +191,7 @@ class StepEngine:
     async def close_session(self, session_id: str) -> None:
         self._post(lambda: self._stepper.close_session(session_id))
 
-    async def load_weights(self, snapshot: PolicySnapshot, *, cache_policy: CachePolicy = "recompute") -> None:
+    async def load_weights(self, snapshot: Snapshot, *, cache_policy: CachePolicy = "recompute") -> None:
         self._start()
         if snapshot.version < 0:
             raise WeightSyncError(f"version {snapshot.version} is not at least 0")
@@ -199,7 +200,7 @@ class StepEngine:
             self._start()  # it may have been closed meanwhile
             await self._swap(snapshot, cache_policy)
 
-    async def _swap(self, snapshot: PolicySnapshot, cache_policy: CachePolicy) -> None:
+    async def _swap(self, snapshot: Snapshot, cache_policy: CachePolicy) -> None:
         swapped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def swap() -> None:

@@ -13,6 +13,7 @@ import contextlib
 import json
 import multiprocessing.connection
 import os
+import secrets
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,12 +24,13 @@ import numpy as np
 from safetensors.numpy import save
 
 from conf.schema import EngineConfig
-from policy.engine import EngineError
+from policy.engine import EngineError, Snapshot
 from policy.hybrid_config import HybridConfig
 from policy.vllm_owner import announced, owner
 from policy.vllm_packages import prepare
 from policy.weight_files import in_order
-from policy.weight_store import PolicySnapshot, WeightSyncError
+from policy.weight_offer import OfferedSnapshot
+from policy.weight_store import WeightSyncError
 
 WAIT_S = 0.5
 HANG_S = 100.0
@@ -187,18 +189,27 @@ class VllmCore:
             with self._bounded():
                 self._engine.engine_core.call_utility("resume_scheduler")
 
-    def replace(self, snapshot: PolicySnapshot) -> None:
+    def receive(self, snapshot: Snapshot) -> None:
+        """Have every rank pull what is only offered, for `replace`; what serves is not touched.
+
+        Raises `WeightSyncError` where one of them could not. What the others pulled stays until the next offer.
+        """
+        if isinstance(snapshot, OfferedSnapshot):
+            _raise_first(self._call("shoal_receive", snapshot.to_wire(), secrets.token_hex(8)))
+
+    def replace(self, snapshot: Snapshot) -> None:
         """Other weights, compared with what the kernels use afterwards. Raises `WeightSyncError`."""
         digests = {spec.name: spec.digest for spec in snapshot.manifest}
-        if self._shares_memory:
+        if isinstance(snapshot, OfferedSnapshot):
+            answers = self._call("shoal_replace", None, digests)
+        elif self._shares_memory:
             answers = self._call("shoal_replace", dict(snapshot.tensors), digests)
         elif os.path.exists(snapshot.path):
             answers = self._call("shoal_replace", snapshot.path, digests)
         else:
             with memory_file(snapshot.tensors) as path:
                 answers = self._call("shoal_replace", path, digests)
-        if wrong := [answer for answer in answers if answer]:
-            raise WeightSyncError(f"version {snapshot.version}: {wrong[0]}")
+        _raise_first([answer and f"version {snapshot.version}: {answer}" for answer in answers])
 
     def recompute(self) -> None:
         """Compute running requests again from their first token. Raises `EngineError` where states are left over."""
@@ -206,6 +217,11 @@ class VllmCore:
             clean = self._engine.reset_prefix_cache(reset_running_requests=True)
         if not clean:
             raise EngineError("vLLM kept states of the old weights")
+
+
+def _raise_first(answers: Sequence[str]) -> None:
+    if wrong := [answer for answer in answers if answer]:
+        raise WeightSyncError(wrong[0])
 
 
 @contextlib.contextmanager

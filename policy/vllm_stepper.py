@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from conf.schema import EngineConfig
-from policy.engine import CachePolicy, Completion, EngineError, EngineStats, FinishReason
+from policy.engine import CachePolicy, Completion, EngineError, EngineStats, FinishReason, Snapshot
 from policy.hybrid_config import HybridConfig
 from policy.model import PolicyShape
 from policy.running_batch import Ticket
 from policy.vllm_core import HANG_S, VllmCore
 from policy.vllm_packages import vllm_build
-from policy.weight_store import PolicySnapshot, WeightSyncError
+from policy.weight_store import WeightSyncError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -46,7 +46,7 @@ class VllmStepper:
         self._config = config
         self._clock = clock
         self._core = VllmCore(model, config, hang_s=hang_s)
-        self._served: PolicySnapshot | None = None
+        self._served: Snapshot | None = None
         """The version that serves."""
         self._requests: dict[str, _Request] = {}
         self._allowed: dict[tuple[int, ...], list[int] | None] = {(): None}
@@ -124,7 +124,8 @@ class VllmStepper:
     def close_session(self, session_id: str) -> None:
         """There are none."""
 
-    def swap(self, snapshot: PolicySnapshot, cache_policy: CachePolicy) -> None:
+    def swap(self, snapshot: Snapshot, cache_policy: CachePolicy) -> None:
+        self._core.receive(snapshot)  # what does not arrive has changed nothing, and nothing needs to be restored
         self._take(self._core.pause())  # sampled by the weights that still serve
         self._answer()
         try:
@@ -140,9 +141,10 @@ class VllmStepper:
         self._served = snapshot
         self.policy_version = snapshot.version
 
-    def _restore(self, snapshot: PolicySnapshot) -> None:
+    def _restore(self, snapshot: Snapshot) -> None:
         """The old weights again. Raises `EngineError`, which ends the engine, where even they are not what it holds."""
         try:
+            self._core.receive(snapshot)
             self._core.replace(snapshot)
         except WeightSyncError as error:
             raise EngineError(f"vLLM cannot go back to policy version {self.policy_version}: {error}") from error

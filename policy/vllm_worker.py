@@ -16,6 +16,8 @@ from safetensors.numpy import load_file
 from policy.vllm_owner import watch, watch_announced
 from policy.vllm_routes import RouteCapture
 from policy.vllm_weights import Shard, load, verify
+from policy.weight_broadcast import receive
+from policy.weight_offer import OfferedSnapshot
 from policy.weight_store import WeightSyncError, tensor_digest
 
 log = logging.getLogger(__name__)
@@ -28,6 +30,8 @@ class WorkerExtension:
     model_runner: Any
     rank: int
     _shoal_capture: RouteCapture | None = None
+    _shoal_received: Mapping[str, np.ndarray] | None = None
+    """What `shoal_receive` pulled and `shoal_replace` has not loaded yet."""
 
     def shoal_prepare(self, max_model_tokens: int, routes: bool, threads: int, owner: str) -> None:
         """Once, before anything is sampled. `owner`: of `policy.vllm_owner`, "" = it is this process."""
@@ -39,13 +43,31 @@ class WorkerExtension:
             torch.set_num_threads(threads)
             watch(owner)  # where another engine's start took the variable away
 
-    def shoal_replace(self, source: str | Mapping[str, np.ndarray], digests: Mapping[str, str]) -> str:
+    def shoal_receive(self, offer: Mapping[str, Any], transfer: str) -> str:
+        """Pull an offered snapshot with the other ranks; what is wrong, "" if nothing is. The model is not touched.
+
+        `offer`: of `OfferedSnapshot.to_wire`. `transfer`: the same name on every rank.
+        """
+        self._shoal_received = None
+        ranks = self.model_runner.vllm_config.parallel_config.world_size
+        device = next(iter(self.model_runner.get_model().parameters())).device
+        try:
+            snapshot = receive(
+                OfferedSnapshot.from_wire(offer), transfer=transfer, rank=self.rank % ranks, ranks=ranks, device=device
+            )
+        except WeightSyncError as error:
+            return str(error)
+        self._shoal_received = snapshot.tensors
+        return ""
+
+    def shoal_replace(self, source: str | Mapping[str, np.ndarray] | None, digests: Mapping[str, str]) -> str:
         """Load weights in place and compare what the kernels use with them; what is wrong, "" if nothing is.
 
-        `source`: the tensors, or a safetensors file with them, of which each is compared with `digests` first.
+        `source`: the tensors, or None for those that `shoal_receive` pulled and compared with their digests, or a
+        safetensors file with them, of which each is compared with `digests` first.
         """
         try:
-            tensors = load_file(source) if isinstance(source, str) else source
+            tensors = self._tensors(source)
             if isinstance(source, str):
                 _compare(tensors, digests)
             model = self.model_runner.get_model()
@@ -58,6 +80,16 @@ class WorkerExtension:
             log.exception("weights could not be loaded")
             return f"vLLM could not load it: {error!r}"
         return ""
+
+    def _tensors(self, source: str | Mapping[str, np.ndarray] | None) -> Mapping[str, np.ndarray]:
+        if isinstance(source, str):
+            return load_file(source)
+        if source is not None:
+            return source
+        received, self._shoal_received = self._shoal_received, None
+        if received is None:
+            raise WeightSyncError("nothing was received")
+        return received
 
     def shoal_routes(self, request_ids: Sequence[str]) -> dict[str, tuple[tuple[int, ...], bytes]]:
         """Request id -> (shape, int16 bytes) of `RouteCapture.take`."""

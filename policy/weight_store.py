@@ -5,7 +5,7 @@ A snapshot is refused as a whole: names, shapes, dtypes and digests must all agr
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,21 +66,40 @@ class PolicySnapshot:
         Raises `WeightSyncError` naming the first tensor that is missing, unknown, of another shape or dtype, not
         finite, or whose bytes do not give the digest of the manifest.
         """
+        check_manifest(self.version, self.manifest, expected)
+        self.verify_tensors()
+
+    def verify_tensors(self) -> None:
+        """Check the tensors against the manifest alone, as whoever received both apart does."""
         specs = {spec.name: spec for spec in self.manifest}
-        if missing := sorted(expected.keys() - specs.keys()):
-            raise WeightSyncError(f"version {self.version}: tensor {missing[0]!r} is missing ({len(missing)} in all)")
-        if unknown := sorted(specs.keys() - expected.keys()):
-            raise WeightSyncError(f"version {self.version}: tensor {unknown[0]!r} is unknown ({len(unknown)} in all)")
         if stray := sorted(self.tensors.keys() ^ specs.keys()):
             raise WeightSyncError(f"version {self.version}: tensor {stray[0]!r} is not in both manifest and data")
         for name, spec in specs.items():
             array = self.tensors[name]
-            shape, dtype = expected[name]
-            if tuple(array.shape) != tuple(shape) or spec.shape != tuple(shape):
-                raise WeightSyncError(f"version {self.version}: {name!r} has shape {array.shape}, expected {shape}")
-            if str(array.dtype) != dtype or spec.dtype != dtype:
-                raise WeightSyncError(f"version {self.version}: {name!r} is {array.dtype}, expected {dtype}")
+            if tuple(array.shape) != spec.shape:
+                raise WeightSyncError(
+                    f"version {self.version}: {name!r} has shape {array.shape}, expected {spec.shape}"
+                )
+            if str(array.dtype) != spec.dtype:
+                raise WeightSyncError(f"version {self.version}: {name!r} is {array.dtype}, expected {spec.dtype}")
             if not np.isfinite(array).all():
                 raise WeightSyncError(f"version {self.version}: {name!r} holds values that are not finite")
             if tensor_digest(array) != spec.digest:
                 raise WeightSyncError(f"version {self.version}: {name!r} does not match its digest")
+
+
+def check_manifest(
+    version: int, manifest: Sequence[TensorSpec], expected: Mapping[str, tuple[tuple[int, ...], str]]
+) -> None:
+    """Raise `WeightSyncError` unless the manifest names the tensors of `expected` {name: (shape, dtype)}."""
+    specs = {spec.name: spec for spec in manifest}
+    if missing := sorted(expected.keys() - specs.keys()):
+        raise WeightSyncError(f"version {version}: tensor {missing[0]!r} is missing ({len(missing)} in all)")
+    if unknown := sorted(specs.keys() - expected.keys()):
+        raise WeightSyncError(f"version {version}: tensor {unknown[0]!r} is unknown ({len(unknown)} in all)")
+    for name, (shape, dtype) in expected.items():
+        spec = specs[name]
+        if spec.shape != tuple(shape):
+            raise WeightSyncError(f"version {version}: {name!r} has shape {spec.shape}, expected {shape}")
+        if spec.dtype != dtype:
+            raise WeightSyncError(f"version {version}: {name!r} is {spec.dtype}, expected {dtype}")

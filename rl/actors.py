@@ -1,15 +1,16 @@
 """Ray at the edge of learning: a thin actor around `LearnerService` and its client."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import ray
 
 from conf.schema import TrainConfig
 from rollout.actors import answer, log_to_file
 from rollout.trajectory import TrajectoryGroup
 
 if TYPE_CHECKING:
-    from policy.weight_files import StoredSnapshot
     from policy.weight_store import PolicySnapshot
     from rl.report import LearnerReport
 
@@ -21,11 +22,22 @@ class LearnerActor:
         from rl.learner_service import LearnerService
 
         log_to_file(log_folder, "learner")
-        self._weights = Path(log_folder).parent / "weights" if config.engine.vllm.transport == "files" else None
-        self._kept_weights = config.rollout.max_staleness + 2
-        """While an evaluation holds a version, the learner writes at most max_staleness + 1 more."""
         self._service = LearnerService(config)
+        self._publish = self._publisher(config, Path(log_folder).parent / "weights")
         self._keep = config.run.keep_checkpoints
+
+    def _publisher(self, config: TrainConfig, folder: Path) -> "Callable[[PolicySnapshot], object]":
+        """What makes of a snapshot what travels through Ray."""
+        from policy.weight_files import StoredSnapshot
+        from policy.weight_sender import WeightSender
+
+        keep = config.rollout.max_staleness + 2  # while an evaluation holds a version, at most max_staleness + 1 follow
+        if config.engine.vllm.transport == "files":
+            return lambda snapshot: StoredSnapshot.write(snapshot, folder, keep=keep)
+        if config.engine.vllm.transport == "broadcast":
+            device = self._service.learner.model.device
+            return WeightSender(ray.util.get_node_ip_address(), keep=keep, device=device).offer
+        return lambda snapshot: snapshot
 
     def ready(self) -> bool:
         return True
@@ -33,13 +45,8 @@ class LearnerActor:
     def step(self, groups: Sequence[TrajectoryGroup]) -> "LearnerReport":
         return self._service.step(groups)
 
-    def snapshot(self) -> "PolicySnapshot | StoredSnapshot":
-        from policy.weight_files import StoredSnapshot
-
-        snapshot = self._service.snapshot()
-        if self._weights is None:
-            return snapshot
-        return StoredSnapshot.write(snapshot, self._weights, keep=self._kept_weights)
+    def snapshot(self) -> object:
+        return self._publish(self._service.snapshot())
 
     def save(self, folder: str, step: int, state: dict[str, Any]) -> str:
         return self._service.save(folder, step, state, self._keep)

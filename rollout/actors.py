@@ -18,8 +18,8 @@ from rollout.lease import Lease, WorkerLost, WorkerStatus
 from rollout.trajectory import Trajectory, TrajectoryGroup
 
 if TYPE_CHECKING:
+    from policy.engine import Snapshot
     from policy.weight_files import StoredSnapshot
-    from policy.weight_store import PolicySnapshot
 
 T = TypeVar("T")
 LOST = (RayActorError, WorkerCrashedError, GetTimeoutError)
@@ -93,7 +93,7 @@ class RolloutWorkerActor:
     async def run_lease(self, lease: Lease) -> TrajectoryGroup:
         return await self._or_end(self._worker.run_lease(lease))
 
-    async def load_weights(self, snapshot: "PolicySnapshot | StoredSnapshot") -> int:
+    async def load_weights(self, snapshot: "Snapshot | StoredSnapshot") -> int:
         return await self._or_end(self._worker.load_weights(snapshot))
 
     async def pin(self, version: int) -> None:

@@ -17,13 +17,12 @@ from envs.outcome import EnvHost
 from envs.task import Task
 from policy.checkpoint_io import expected_tensors
 from policy.device import claim_device
-from policy.engine import CachePolicy, Engine, EngineClosed
+from policy.engine import CachePolicy, Engine, EngineClosed, Snapshot
 from policy.hf_model import load_policy_model
 from policy.hybrid import HybridModel
 from policy.local_engine import LocalEngine
 from policy.vllm_engine import VllmEngine
 from policy.weight_files import StoredSnapshot
-from policy.weight_store import PolicySnapshot
 from rollout.agent_process import AgentCrew
 from rollout.episode import EpisodeSettings, run_episode
 from rollout.external_episode import run_external_episode
@@ -75,7 +74,7 @@ class RolloutWorker:
         self._groups = 0
         self._episodes = 0
 
-    async def load_weights(self, snapshot: PolicySnapshot | StoredSnapshot) -> int:
+    async def load_weights(self, snapshot: Snapshot | StoredSnapshot) -> int:
         """Wait for the lock, verify, swap. Raises `WeightSyncError` and keeps the old version where they differ."""
         if isinstance(snapshot, StoredSnapshot):
             snapshot = snapshot.open()

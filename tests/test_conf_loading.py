@@ -287,10 +287,13 @@ IMPOSSIBLE = [
     (["engine=vllm", "engine.vllm.extra.dtype=half"], ["engine.vllm.extra.dtype", "set that one"]),
     (["engine=vllm", "engine.vllm.extra.quantization=fp8"], ["engine.vllm.extra.quantization", "compared"]),
     (["engine=vllm", "engine.vllm.extra.async_scheduling=true"], ["engine.vllm.extra.async_scheduling"]),
-    (["engine=vllm", "engine.vllm.transport=nccl"], ["engine.vllm.transport=nccl", "Allowed: objects, files"]),
     (
         ["engine=vllm", "engine.vllm.transport=files", "cluster=inprocess"],
         ["engine.vllm.transport=files has no effect", "cluster.kind=inprocess"],
+    ),
+    (
+        ["engine=vllm", "engine.vllm.transport=broadcast", "cluster=inprocess"],
+        ["engine.vllm.transport=broadcast has no effect", "cluster.kind=inprocess"],
     ),
     (["env=mix", "env.id=ShopDB-v0"], ["env.id='ShopDB-v0' has no effect", "env.mix"]),
     (["env=mix", "env.level=2"], ["env.level=2 has no effect"]),

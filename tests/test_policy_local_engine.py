@@ -18,6 +18,7 @@ from policy.logprobs import token_logprobs
 from policy.running_batch import Ticket
 from policy.sampling import SamplingRows, stream_key, uniforms
 from policy.session_slots import KeptState, SessionSlots
+from policy.weight_offer import OfferedSnapshot
 from policy.weight_store import PolicySnapshot, WeightSyncError
 from tests.fakes import FakeClock
 
@@ -517,6 +518,20 @@ class FickleTensors(dict[str, np.ndarray]):
             self.seen.add(name)
             return array
         return np.full_like(array, np.nan)
+
+
+def test_an_offer_of_weights_to_be_pulled_is_refused_and_the_engine_serves_on() -> None:
+    async def check() -> None:
+        engine = LocalEngine(HybridModel(SHAPES["dense"]), EngineConfig(max_running=2, max_model_tokens=64))
+        await engine.load_weights(snapshot_of("dense", 0, 1))
+        manifest = snapshot_of("dense", 1, 2).manifest
+        offer = OfferedSnapshot(version=2, manifest=manifest, host="127.0.0.1", port=1, token="", deadline_s=1)
+        with pytest.raises(WeightSyncError, match="version 2 is an offer"):
+            await engine.load_weights(offer)
+        assert engine.policy_version == 1 and not engine.died
+        await engine.close()
+
+    asyncio.run(asyncio.wait_for(check(), 30))
 
 
 def test_weights_that_change_after_they_were_verified_are_refused_and_the_old_ones_go_on() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from policy import vllm_weights, vllm_worker
 from policy.engine import EngineClosed, EngineError
+from policy.weight_sender import WeightSender
 from policy.weight_store import WeightSyncError
 from tests.engine_cases import VLLM, VLLM_PARAMETERS, EngineCase, needs_vllm
 from tests.test_policy_engine_contract import (
@@ -67,6 +68,25 @@ async def test_weights_that_went_wrong_inside_vllm_are_caught_and_the_old_ones_s
         after = await engine.generate(ask(request.prompt_ids, max_tokens=20, temperature=0.0))
         assert after.token_ids.tolist() == before.token_ids.tolist()
         assert after.logprobs.tolist() == before.logprobs.tolist()
+
+
+@pytest.mark.parametrize("case", VLLM_PARAMETERS[:1])
+@in_loop
+async def test_after_a_broadcast_that_went_wrong_inside_vllm_the_old_version_is_pulled_again(case: EngineCase) -> None:
+    sender = WeightSender("127.0.0.1", keep=2)
+    async with serving(case) as engine:
+        await engine.load_weights(sender.offer(case.snapshot(2, seed=1)))
+        request = ask(random_prompt(9), max_tokens=20, temperature=0.0)
+        before = await engine.generate(request)
+        loads = iter([nudge("A_log")])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(vllm_worker, "load", lambda *args: next(loads, vllm_weights.load)(*args))
+            with pytest.raises(WeightSyncError, match="A_log"):
+                await engine.load_weights(sender.offer(case.snapshot(3, seed=2)))
+        assert engine.policy_version == 2
+        after = await engine.generate(ask(request.prompt_ids, max_tokens=20, temperature=0.0))
+        assert after.logprobs.tolist() == before.logprobs.tolist()
+    sender.close()
 
 
 @pytest.mark.parametrize("case", VLLM_PARAMETERS[:1])

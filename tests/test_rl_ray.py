@@ -1,17 +1,22 @@
 """Whole runs as a user starts them: real Ray actors in processes of their own, killed, interrupted and continued."""
 
+import asyncio
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from conf.loading import load_config
+from conf.schema import VllmConfig
 from rl.checkpoint import load_latest
+from rl.cluster import RayCluster
 from rl.run_folder import RunFolder
 from rollout.ledger import read_audit
 from rollout.recorder import TrajectoryReader
@@ -72,6 +77,30 @@ def test_a_worker_killed_in_every_phase_loses_no_group_and_counts_none_twice(tmp
     assert len(lost) == 5
     assert json.loads(folder.summary.read_text())["restarts"] == 5
     trained_once(folder, groups=32)
+
+
+def test_weights_that_an_earlier_life_left_are_gone_when_the_parts_answer_and_its_own_when_they_end(
+    tmp_path: Path,
+) -> None:
+    config = load_config([*RUN, "policy.init=random"])
+    config = replace(config, engine=replace(config.engine, vllm=VllmConfig(transport="files")))
+    folder = tmp_path / "run"
+    weights = folder / "weights"
+    for path in (folder / "logs", weights):
+        path.mkdir(parents=True)
+    (weights / "version-00000009.safetensors").write_bytes(b"of another life")
+
+    async def check() -> None:
+        cluster = await RayCluster.start(config, folder)
+        try:
+            assert not weights.exists()
+            assert await cluster.workers[0].load_weights(await cluster.learner.snapshot()) == 0
+            assert [path.name for path in weights.iterdir()] == ["version-00000000.safetensors"]
+        finally:
+            await cluster.close()
+
+    asyncio.run(asyncio.wait_for(check(), 200))
+    assert not weights.exists()
 
 
 def test_an_interrupted_run_writes_a_checkpoint_and_continues_where_it_stopped(tmp_path: Path) -> None:

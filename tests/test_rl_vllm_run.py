@@ -1,11 +1,17 @@
-"""A run on vLLM as a user starts it, the process that holds the engine killed while it samples."""
+"""Runs on vLLM as a user starts them: by each way of weights, and with the engine killed while it samples."""
 
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from benchmarks.vllm_kills import count, is_intact, train
 from policy.vllm_packages import vllm_build
+from rl.run_folder import RunFolder
+from rollout.recorder import TrajectoryReader
 
 pytestmark = [
     pytest.mark.vllm,
@@ -22,3 +28,34 @@ def test_a_killed_engine_is_replaced_and_nothing_is_lost_doubled_or_stale(tmp_pa
     assert is_intact(found), found
     assert (found["kills"], found["steps"]) == (1, 10)
     assert found["engines"] == ["vllm"]  # not one token of the local engine, held-out ones included
+
+
+RUN = (
+    "engine=vllm", "rollout=sync", "seed=3", "steps=3", "rollout.workers=1", "rollout.groups_per_step=2",
+    "rollout.group_size=4", "evaluation.every=0", "evaluation.final_tasks=4", "monitor.wandb=disabled",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("transport", ["files", "broadcast"])
+def test_a_run_trains_on_weights_of_every_version_and_leaves_none_behind(tmp_path: Path, transport: str) -> None:
+    words = [*RUN, f"engine.vllm.transport={transport}", f"run.root={tmp_path}"]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "rl.cli", "train", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    files: set[str] = set()
+    until = time.monotonic() + 1000
+    while run.poll() is None and time.monotonic() < until:
+        files |= {path.name for path in tmp_path.glob("*/weights/version-*.safetensors")}
+        time.sleep(0.05)
+    run.kill()
+    output, _ = run.communicate(timeout=30)
+    assert run.returncode == 0, output[-4000:]
+    folder = RunFolder.resolve(tmp_path, "latest")
+    with TrajectoryReader(folder.trajectories) as reader:
+        rows = [row for row in reader.list({"split": "train"}, limit=1000) if row["step"] is not None]
+    assert {(row["engine"], row["step"], row["min_version"]) for row in rows} == {("vllm", i, i - 1) for i in (1, 2, 3)}
+    pulled = re.findall(r"version (\d+) -> 1 ranks, gloo", (folder.logs / "learner.log").read_text())
+    versions = ["0", "1", "2", "3"]
+    assert pulled == (versions if transport == "broadcast" else [])
+    assert files == (set() if transport == "broadcast" else {f"version-{int(v):08d}.safetensors" for v in versions})
+    assert not (folder.path / "weights").exists()
