@@ -87,7 +87,7 @@ def kill_while_sampling(root: Path, kills: int, process: str) -> RunFolder:
             if back_at is None and len(times_of(folder, "worker_restarted")) == killed:
                 back_at = folder.state().step
         time.sleep(rng.random())
-        pid = int((folder.logs / "worker-0.lives").read_text().split()[killed])
+        pid = int((folder.logs / "worker-0.lives").read_text().split()[-1])
         os.kill(core_of(pid) if process == "core" else pid, signal.SIGKILL)
     assert folder is not None
     return folder
