@@ -20,6 +20,7 @@ export function sketch(node, lines, { title = "", colors = ["#1f77b4"] } = {}) {
     ...[[y.low, BOX.bottom], [y.high, BOX.top + 8]].map(([value, at]) => word(num(value, 3), { x: BOX.left - 6, y: at, "text-anchor": "end" })),
     ...[[x.low, BOX.left, "start"], [x.high, BOX.right, "end"]].map(([value, at, anchor]) => word(num(value), { x: at, y: BOX.bottom + 16, "text-anchor": anchor })));
   node.append(picture);
+  performance.mark("sketch");
 }
 
 // The library does not expect to find anything.
