@@ -19,11 +19,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from conf.loading import read_config
 from conf.schema import TrainConfig
 from envs.outcome import EnvHost
 from envs.registry import make_env
+from policy.checkpoint_io import load_numpy_tensors
 from policy.engine import Completion, EngineStats, GenerationRequest
+from policy.hybrid import PRESETS, HybridModel
+from rl.checkpoint import read_checkpoint
 from rl.cluster import LearnerClient
 from rl.dashboard.server import Dashboard, Stop
 from rl.run_folder import RunFolder
@@ -43,10 +48,8 @@ LEARNER_S = 1.2
 HEARTBEAT_S = 0.01
 LOST, HOPELESS = "train/calculator/2", "train/calculator/5"
 """A group whose first lease is refused, and one whose leases all are."""
-NOT_FROM_ROWS = {
-    *("policy/entropy", "optim/grad_norm", "optim/lr", "loss/policy", "policy/clip_fraction", "policy/kl"),
-}
-"""The learner's own arithmetic on its weights (tests/test_rl_learner.py); no stored row holds what it is made of."""
+FROM_WEIGHTS = {"policy/entropy", "optim/grad_norm"}
+"""Not of rows alone: worked out for the steps that begin at a checkpoint."""
 OVERVIEW = Path(__file__).parents[1] / "rl" / "dashboard" / "static" / "overview.js"
 
 
@@ -141,6 +144,7 @@ class Stored:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.config = read_config((folder / "config.yaml").read_text())
         self.metrics = self._lines("metrics")
         self.steps = [row for row in self.metrics if row["kind"] == "step"]
         self.spans, self.happened = self._lines("spans"), self._lines("events")
@@ -213,6 +217,63 @@ def _learning(stored: Stored, step: int) -> dict[str, float]:
         "curriculum/calculator/success/0": _mean(_mean(r == 1.0 for r in members[g]) for g in seen),
         "curriculum/calculator/zero_variance/0": _mean(len(set(members[g])) == 1 for g in seen),
         "curriculum/gated_groups": stored.count("dropped", stored.window(step)[1], but="attempts"),
+    }
+
+
+def _taught(stored: Stored, step: int) -> list[dict[str, Any]]:
+    """Rows of a step that moved the weights: a reward like all others of its group teaches nothing."""
+    return [row for row in stored.trained(step) if row["advantage"]]
+
+
+def _objective(stored: Stored, step: int, learner_logprobs: Sequence[Any], xp: Any) -> tuple[Any, float, float]:
+    """(loss, tokens clipped, KL summed), by the formula in rl/loss.py, row by row. `xp`: numpy or torch."""
+    config = stored.config.learner.loss
+    num_tokens = sum(int(row["mask"].sum()) for row in stored.trained(step) if row["advantage"] is not None)
+    loss, clipped, kl = 0.0, 0.0, 0.0
+    for row, logprobs in zip(_taught(stored, step), learner_logprobs, strict=True):
+        rollout = np.frombuffer(row["rollout_logprobs"], "<f4")[row["mask"]].astype(np.float64)
+        change = logprobs - xp.asarray(rollout)
+        ratio = xp.clip(xp.exp(change), 0.0, config.tis_cap)
+        free, bound = ratio * row["advantage"], xp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
+        bound = bound * row["advantage"]
+        loss = loss - xp.minimum(free, bound).sum() / num_tokens
+        clipped += float((bound < free).sum())
+        change = np.asarray(logprobs.detach() if xp is torch else logprobs) - rollout
+        kl += float((np.exp(change) - 1 - change).sum())
+    return loss, clipped, kl
+
+
+def _optimization(stored: Stored, step: int) -> dict[str, float]:
+    rows = _taught(stored, step)
+    optimizer = stored.config.learner.optimizer
+    numbers = {"optim/lr": optimizer.lr * min(1.0, step / optimizer.warmup_steps)}
+    if not rows:
+        return numbers
+    logprobs = [np.frombuffer(row["learner_logprobs"], "<f4")[row["mask"]].astype(np.float64) for row in rows]
+    loss, clipped, kl = _objective(stored, step, logprobs, np)
+    count = sum(map(len, logprobs))
+    return numbers | {"loss/policy": loss, "policy/clip_fraction": clipped / count, "policy/kl": kl / count}
+
+
+def _from_weights(stored: Stored, step: int) -> dict[str, float]:
+    """What a step's weights say of its rows, each passed through the model alone, in float64."""
+    checkpoint = read_checkpoint(next(stored.folder.glob(f"checkpoints/*{step - 1:d}")))
+    model = HybridModel(PRESETS[stored.config.policy.preset].override(stored.config.policy.overrides))
+    load_numpy_tensors(model, checkpoint.tensors["weights"])
+    banned = list(make_renderer(stored.config.policy).banned_token_ids)
+    taken, entropies = [], []
+    for row in _taught(stored, step):
+        ids = torch.from_numpy(np.frombuffer(row["token_ids"], "<i4").astype(np.int64))
+        logits = model(ids, torch.tensor([0, len(ids)])).logits[np.flatnonzero(row["mask"]) - 1].double()
+        logits[:, banned] = -1e30
+        logprobs = logits.log_softmax(-1)
+        taken.append(logprobs.gather(1, ids[torch.from_numpy(row["mask"])][:, None])[:, 0])
+        entropies.append(-(logprobs.exp() * logprobs).sum(-1).detach())
+    _objective(stored, step, taken, torch)[0].backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return {
+        "policy/entropy": float(torch.cat(entropies).mean()),
+        "optim/grad_norm": float(sum(gradient.double().square().sum() for gradient in gradients) ** 0.5),
     }
 
 
@@ -321,7 +382,7 @@ def _health(stored: Stored, step: int) -> dict[str, float]:
 
 
 AREAS: tuple[Callable[[Stored, int], dict[str, float]], ...] = (
-    _learning, _off_policy, _throughput, _queue, _episodes, _health,
+    _learning, _optimization, _off_policy, _throughput, _queue, _episodes, _health,
 )  # fmt: skip
 LATE = {"rollout/busy_s", "time/rollout_idle_ratio"}
 """Told by heartbeats, so as old as one may be."""
@@ -340,11 +401,19 @@ def test_every_number_of_every_step_on_the_overview_follows_from_stored_rows(sto
     for number, row in enumerate(stored.steps, start=1):
         wanted = {key: value for area in AREAS for key, value in area(stored, number).items()}
         shown = {key for key in row if _is_shown(key)}
-        assert shown - set(wanted) == NOT_FROM_ROWS & shown, "say above which rows a new number comes from"
+        assert shown - set(wanted) == FROM_WEIGHTS & shown, "say above which rows a new number comes from"
         assert len(shown) > 50
         for key in sorted(shown & set(wanted)):
             slack = 2 * HEARTBEAT_S if key in LATE else 1e-6
             assert row[key] == pytest.approx(wanted[key], rel=1e-4, abs=slack), (number, key)
+
+
+def test_entropy_and_gradient_follow_from_the_rows_and_the_weights_of_a_checkpoint(stored: Stored) -> None:
+    after_a_checkpoint = [step for step in (4, 7) if _taught(stored, step)]
+    assert after_a_checkpoint
+    for step in after_a_checkpoint:
+        for key, wanted in _from_weights(stored, step).items():
+            assert wanted > 0 and stored.steps[step - 1][key] == pytest.approx(wanted, rel=1e-4), (step, key)
 
 
 def test_the_page_s_newest_numbers_are_those_of_the_last_step_and_of_the_held_out_rows(stored: Stored) -> None:
