@@ -15,10 +15,11 @@ from policy.engine import (
     EngineStats,
     FinishReason,
     GenerationRequest,
+    Snapshot,
     UnsupportedRequest,
 )
 from policy.request_limits import check_request
-from policy.weight_store import PolicySnapshot, WeightSyncError
+from policy.weight_store import WeightSyncError
 
 Script = Callable[[np.ndarray, np.random.Generator], Sequence[int]]
 
@@ -149,7 +150,7 @@ class ScriptedEngine:
     async def close_session(self, session_id: str) -> None:
         """Nothing is kept between turns."""
 
-    async def load_weights(self, snapshot: PolicySnapshot, *, cache_policy: CachePolicy = "recompute") -> None:
+    async def load_weights(self, snapshot: Snapshot, *, cache_policy: CachePolicy = "recompute") -> None:
         if self._closed:
             raise EngineClosed("the engine is closed")
         if snapshot.version < 0:
