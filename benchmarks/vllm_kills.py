@@ -29,7 +29,7 @@ from rollout.recorder import TrajectoryReader
 CHECKOUT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results"
 GROUPS_PER_STEP, GROUP_SIZE, MAX_STALENESS = 2, 4, 2
-STEPS_PER_KILL = 6
+STEPS_PER_KILL, STEPS_AFTER = 6, 3
 """More than a worker trains between its return and its next end, so that the run is not over before the last one."""
 TRANSPORTS = {"inproc": "objects", "core": "files"}
 RESTART_S = 400.0
@@ -40,7 +40,7 @@ def train(root: Path, kills: int, process: str = "inproc") -> RunFolder:
     """The folder of a finished run that lost its engine `kills` times. Raises RuntimeError where it fails."""
     words = (
         "engine=vllm", f"engine.vllm.process={process}", f"engine.vllm.transport={TRANSPORTS[process]}",
-        f"steps={STEPS_PER_KILL * kills + 6}",
+        f"steps={STEPS_PER_KILL * kills + STEPS_AFTER}",
         "rollout.workers=1", "seed=3",
         f"rollout.groups_per_step={GROUPS_PER_STEP}", f"rollout.group_size={GROUP_SIZE}",
         f"rollout.max_staleness={MAX_STALENESS}", "env.kwargs.latency_median_s=0.2", "cluster.heartbeat_s=1",

@@ -115,7 +115,9 @@ async def test_two_ranks_hold_their_halves_of_each_update_and_answer_as_the_lear
 
 @pytest.mark.vllm
 @needs
-@pytest.mark.parametrize("name", ["vllm-dense", "vllm-core", pytest.param("vllm-two-ranks", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["vllm-dense", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vllm-core", "vllm-two-ranks"))]
+)
 @in_loop
 async def test_weights_by_broadcast_are_those_by_file_and_what_does_not_arrive_leaves_the_old_ones(
     name: str, tmp_path: Path

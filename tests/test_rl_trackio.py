@@ -1,5 +1,6 @@
 """trackio's database read back with trackio's own reader; what becomes of a run whose trackio dies or hangs."""
 
+import contextlib
 import json
 import os
 import signal
@@ -52,8 +53,11 @@ def numbers(rows: list[dict[str, Any]]) -> list[tuple[int, str, str]]:
 
 
 def writers(*, of: int | None = None) -> list[psutil.Process]:
-    children = psutil.Process(of).children()
-    return [child for child in children if any("rl.trackio_writer" in word for word in child.cmdline())]
+    found = []
+    for child in psutil.Process(of).children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # also of one that has ended, and that another test has left
+            found += [child] if any("rl.trackio_writer" in word for word in child.cmdline()) else []
+    return found
 
 
 def started() -> psutil.Process:

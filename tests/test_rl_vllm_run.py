@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.vllm_kills import count, is_intact, train
+from benchmarks.vllm_kills import STEPS_AFTER, STEPS_PER_KILL, count, is_intact, train
 from policy.vllm_packages import vllm_build
 from rl.run_folder import RunFolder
 from rollout.recorder import TrajectoryReader
@@ -26,7 +26,7 @@ def test_a_killed_engine_is_replaced_and_nothing_is_lost_doubled_or_stale(tmp_pa
     """Killed is the worker's process, or that of vLLM's core below it. Twenty kills: benchmarks/vllm_kills.py."""
     found = count(train(tmp_path, 1, process))
     assert is_intact(found), found
-    assert (found["kills"], found["steps"]) == (1, 10)
+    assert (found["kills"], found["steps"]) == (1, STEPS_PER_KILL + STEPS_AFTER)
     assert found["engines"] == ["vllm"]  # not one token of the local engine, held-out ones included
 
 
@@ -36,7 +36,7 @@ RUN = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("transport", ["files", "broadcast"])
+@pytest.mark.parametrize("transport", [pytest.param("files", marks=pytest.mark.slow), "broadcast"])
 def test_a_run_trains_on_weights_of_every_version_and_leaves_none_behind(tmp_path: Path, transport: str) -> None:
     words = [*RUN, f"engine.vllm.transport={transport}", f"run.root={tmp_path}"]
     run = subprocess.Popen(
