@@ -134,7 +134,8 @@ class VllmConfig:
     """How new weights travel: "objects" (Ray's object store) | "files" (in the run's folder, mapped by every engine) |
     "broadcast" (from the learner's process to every device of an engine: NCCL between GPUs, gloo elsewhere)."""
     routes: bool = True
-    """Record which experts each token went through, for the learner to replay; says nothing of dense models."""
+    """Record which experts each token went through, for the learner to replay; on GPUs with `prefix_cache`. Says
+    nothing of dense models."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further arguments of vLLM's EngineArgs, by name, such as gpu_memory_utilization."""
 

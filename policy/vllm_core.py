@@ -27,7 +27,7 @@ from conf.schema import EngineConfig
 from policy.engine import EngineError, Snapshot
 from policy.hybrid_config import HybridConfig
 from policy.vllm_owner import announced, owner
-from policy.vllm_packages import prepare
+from policy.vllm_packages import prepare, vllm_build
 from policy.weight_files import in_order
 from policy.weight_offer import OfferedSnapshot
 from policy.weight_store import WeightSyncError
@@ -50,6 +50,7 @@ class VllmCore:
         self._shares_memory = not self._own_process and config.vllm.tensor_parallel == 1
         """The model lies in this process."""
         self._captures = False
+        """Routes come from our hooks."""
         self._engine: Any = None
         self._folder: tempfile.TemporaryDirectory | None = None
         self._hang_s = hang_s
@@ -59,7 +60,7 @@ class VllmCore:
 
     def start(self, *, routes: bool) -> None:
         """Raises `VllmMissing`, or whatever vLLM raises."""
-        self._captures = routes
+        self._captures = routes and vllm_build() == "cpu"
         prepare()
         # vLLM reads it too, and would move the core or start one more process between it and the model
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -68,17 +69,24 @@ class VllmCore:
 
         self._folder = tempfile.TemporaryDirectory(prefix="shoal-vllm-")
         Path(self._folder.name, "config.json").write_text(json.dumps(self._model.to_hf()))
-        arguments = EngineArgs(**self._arguments(self._folder.name))
-        with contextlib.nullcontext() if self._shares_memory else announced():
-            self._engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=self._own_process)
+        returns_routes = routes and not self._captures
+        arguments = EngineArgs(**self._arguments(self._folder.name, returns_routes=returns_routes))
+        try:
+            with contextlib.nullcontext() if self._shares_memory else announced():
+                self._engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=self._own_process)
+        except ValueError as error:
+            if not returns_routes:
+                raise
+            hint = "; if it is the routes that cannot be had here, engine.vllm.routes=false does without"
+            raise EngineError(f"{error}{hint}") from error
         if self._own_process:
             threading.Thread(target=self._tell_of_death, daemon=True).start()
         with self._bounded():
             self._engine.get_supported_tasks()  # else the first request would ask, and wait without a bound
         owned_by = "" if self._shares_memory else owner()
-        self._call("shoal_prepare", self._config.max_model_tokens, routes, self._config.threads, owned_by)
+        self._call("shoal_prepare", self._config.max_model_tokens, self._captures, self._config.threads, owned_by)
 
-    def _arguments(self, folder: str) -> dict[str, Any]:
+    def _arguments(self, folder: str, *, returns_routes: bool) -> dict[str, Any]:
         own = self._config.vllm
         arguments: dict[str, Any] = {
             "model": folder,
@@ -92,7 +100,8 @@ class VllmCore:
             "kv_cache_memory_bytes": own.kv_cache_mib << 20,
             "kv_cache_dtype": own.kv_cache_dtype,
             "tensor_parallel_size": own.tensor_parallel,
-            "enable_prefix_caching": own.prefix_cache,
+            "enable_prefix_caching": own.prefix_cache or returns_routes,  # vLLM returns none without it
+            "enable_return_routed_experts": returns_routes,
             "async_scheduling": False,  # a step returns its own tokens, so they are of the weights that serve now
             "logprobs_mode": "processed_logprobs",
             "worker_extension_cls": "policy.vllm_worker.WorkerExtension",
@@ -169,7 +178,8 @@ class VllmCore:
         return found
 
     def routes(self, request_ids: Sequence[str]) -> dict[str, np.ndarray]:
-        """Request id -> (most tokens of a conversation, M, k) int16, of requests that have ended."""
+        """Request id -> (most tokens of a conversation, M, k) int16, of requests that have ended; {} where outputs
+        bring them along."""
         if not self._captures:
             return {}
         found = self._call("shoal_routes", list(request_ids))[0]

@@ -1,4 +1,4 @@
-"""Routes of experts out of vLLM's CPU build, whose model runner returns none: a hook on each router.
+"""Routes of experts out of vLLM: its own on GPUs; on its CPU build, which returns none, a hook on each router.
 
 A step feeds each request some tokens; the hooks note which experts each of them took. Letters: M sparse layers, k
 experts per token, L tokens of a conversation.
@@ -10,6 +10,20 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+
+
+def returned_routes(rows: np.ndarray | None, shape: tuple[int, int, int]) -> np.ndarray:
+    """vLLM's own `rows` (at most L - 1, M, k), uint8 or uint16, as `shape` (L, M, k) int16: -1 where it has none.
+
+    It has none of the last token, which was not fed, and none at all (None) of a request that was cut off.
+    Raises ValueError for rows of other layers or experts.
+    """
+    routes = np.full(shape, -1, np.int16)
+    if rows is not None:
+        if rows.shape[1:] != shape[1:] or len(rows) > len(routes):
+            raise ValueError(f"vLLM returned routes of shape {rows.shape}, at most {shape} expected")
+        routes[: len(rows)] = rows
+    return routes
 
 
 class RouteCapture:

@@ -7,7 +7,7 @@ Invariants
 - What the kernels compute with after a swap is compared with the snapshot; on a mismatch the old weights come back.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from policy.model import PolicyShape
 from policy.running_batch import Ticket
 from policy.vllm_core import HANG_S, VllmCore
 from policy.vllm_packages import vllm_build
+from policy.vllm_routes import returned_routes
 from policy.weight_store import WeightSyncError
 
 
@@ -34,6 +35,8 @@ class _Request:
     reason: FinishReason | None = None
     """Why it ended; None where it failed."""
     failure: str = ""
+    routes: np.ndarray | None = None
+    """vLLM's own."""
 
 
 class VllmStepper:
@@ -45,6 +48,7 @@ class VllmStepper:
         self._model = model
         self._config = config
         self._clock = clock
+        self._records_routes = self.captures_routes(model, config)
         self._core = VllmCore(model, config, hang_s=hang_s)
         self._served: Snapshot | None = None
         """The version that serves."""
@@ -79,13 +83,13 @@ class VllmStepper:
 
         Raises `VllmMissing`, or whatever vLLM raises.
         """
-        self._core.start(routes=self.captures_routes(self._model, self._config))
+        self._core.start(routes=self._records_routes)
 
     @staticmethod
     def captures_routes(model: PolicyShape, config: EngineConfig) -> bool:
-        """The hooks see eager calls alone."""
+        """vLLM's own on GPUs; the hooks of its CPU build see eager calls alone."""
         own = config.vllm
-        return model.num_experts > 0 and own.routes and own.enforce_eager and vllm_build() == "cpu"
+        return model.num_experts > 0 and own.routes and (own.enforce_eager or vllm_build() == "gpu")
 
     def close(self) -> None:
         self._core.close()
@@ -184,6 +188,7 @@ class VllmStepper:
                 self._core.abort([ticket.request.request_id])
             self._end(request, None, f"logits of policy version {self.policy_version} are not finite")
         elif output.finished:
+            request.routes = sampled.routed_experts
             known: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
             self._end(request, known.get(sampled.finish_reason), f"vLLM ended it with {sampled.finish_reason!r}")
 
@@ -197,7 +202,7 @@ class VllmStepper:
         if not self._ended:
             return
         ended, self._ended = self._ended, []
-        routes = self._core.routes([request.ticket.request.request_id for request in ended])
+        hooked = self._core.routes([request.ticket.request.request_id for request in ended])
         now = self._clock()
         for request in ended:
             ticket, reason = request.ticket, request.reason
@@ -207,12 +212,24 @@ class VllmStepper:
             elif not request.token_ids:
                 outcome = ticket.unstarted(reason, now)
             else:
-                outcome = _completion(request, reason, routes.get(ticket.request.request_id), now)
+                outcome = _completion(request, reason, self._routes(request, hooked), now)
             self.finished.append((ticket, outcome))
+
+    def _routes(self, request: _Request, hooked: Mapping[str, np.ndarray]) -> np.ndarray | None:
+        """(tokens of the conversation or more, M, k); None where none are recorded."""
+        if not self._records_routes:
+            return None
+        ticket = request.ticket
+        found = hooked.get(ticket.request.request_id)
+        if found is None:
+            tokens = len(ticket.prompt_ids) + len(request.token_ids)
+            shape = (tokens, self._model.num_sparse_layers, self._model.num_experts_per_tok)
+            found = returned_routes(request.routes, shape)
+        return found
 
 
 def _completion(request: _Request, reason: FinishReason, routes: np.ndarray | None, now_s: float) -> Completion:
-    """`routes` (most tokens of a conversation, M, k)."""
+    """`routes` (tokens of the conversation or more, M, k)."""
     ticket = request.ticket
     asked, total = len(ticket.prompt_ids), len(ticket.prompt_ids) + len(request.token_ids)
     return Completion(
