@@ -49,7 +49,7 @@ $(VENV)/.torch: constraints.txt | $(BIN)/python
 
 $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.torch
 	@echo "installing shoal"
-	@$(PIP) -e .
+	@$(PIP) -e '.[dash,report,top]'
 	@if [ "$(TORCH_BUILD)" != any ]; then $(BIN)/python scripts/torch_build.py; fi
 	@touch $@
 
@@ -75,6 +75,7 @@ demo: setup $(if $(filter vllm,$(ENGINE)),$(VENV)/.installed-vllm)
 	@echo "  runs/latest/summary.json              the numbers"
 	@echo "  $(BIN)/shoal show latest             the curve"
 	@echo "  $(BIN)/shoal show latest --traj 1    one episode, word by word"
+	@echo "  $(BIN)/shoal dash                    all of it in a browser"
 	@echo "  $(BIN)/shoal train env=shop_db       another environment"
 
 lint: setup-test

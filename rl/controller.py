@@ -170,6 +170,7 @@ class Controller:
 
     async def _train(self) -> None:
         """Run the loops until the learner loop ends; the first failure of any of them ends all."""
+        self._spent = StepTime(self._clock, self._monitor.span)
         await self.fleet.beat()
         self._new_busy_s()  # what engines did in the evaluation before belongs to no step
 
@@ -194,8 +195,7 @@ class Controller:
             await asyncio.gather(*watched, return_exceptions=True)
 
     async def _learner_loop(self) -> None:
-        progress, config = self.progress, self.config
-        spent = StepTime(self._clock, self._monitor.span)
+        progress, config, spent = self.progress, self.config, self._spent
         while progress.step < config.steps:
             with spent.part("wait_for_batch", "wait"):
                 groups = await self._take()
@@ -259,7 +259,8 @@ class Controller:
                 self._monitor.span("push", "sync", start_s, self._clock())
                 self.scheduler.published(version, step)
                 if self._evaluation_due(step) and step < self.config.steps:
-                    await self._evaluate(self.config.evaluation.tasks, step=step, version=version)
+                    with self._spent.evaluation():
+                        await self._evaluate(self.config.evaluation.tasks, step=step, version=version)
             finally:
                 self._to_push.task_done()
 

@@ -81,7 +81,7 @@ wrote {folder}/
   cd {folder}
   shoal env check {id}                  does it keep its promises?
   shoal env play {id}                   play it yourself
-  python -m pytest                        the same check as a test
+  python -m pytest                        the same check as a test (pip install pytest)
   shoal sft env={id} sft.output=warm.safetensors
   shoal train env={id} policy.init=warm.safetensors
 """

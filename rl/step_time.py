@@ -26,17 +26,39 @@ class StepTime:
         self._on_span = on_span
         self._start_s = clock()
         self._spent: dict[str, float] = {}
+        self._waiting_since: float | None = None
+        self._evaluating_since: float | None = None
+        self._waited_for_evaluation_s = 0.0
 
     @contextmanager
     def part(self, name: str, activity: str) -> Iterator[None]:
         """Time inside belongs to "time/<name>", and is a span of the learner. Parts do not nest."""
         start_s = self._clock()
+        if name == "wait_for_batch":
+            self._waiting_since = start_s
         try:
             yield
         finally:
             end_s = self._clock()
+            if name == "wait_for_batch":
+                self._add_overlap(end_s)
+                self._waiting_since = None
             self._spent[name] = self._spent.get(name, 0.0) + end_s - start_s
             self._on_span("learner", activity, start_s, end_s)
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """While workers evaluate, beside the learner: what it waits meanwhile is told apart as well."""
+        self._evaluating_since = self._clock()
+        try:
+            yield
+        finally:
+            self._add_overlap(self._clock())
+            self._evaluating_since = None
+
+    def _add_overlap(self, end_s: float) -> None:
+        if self._waiting_since is not None and self._evaluating_since is not None:
+            self._waited_for_evaluation_s += end_s - max(self._waiting_since, self._evaluating_since)
 
     def close(self, forward_backward_s: float) -> dict[str, float]:
         """End the step and begin the next. `forward_backward_s`: of the part "train", by the learner's own clock."""
@@ -48,6 +70,7 @@ class StepTime:
         times["forward_backward"] = min(forward_backward_s, train_s)
         times["other"] = step_s - sum(times.values())
         times |= {"step": step_s, "train": train_s, "trainer_idle_ratio": times["wait_for_batch"] / max(step_s, 1e-9)}
+        times["wait_for_evaluation"], self._waited_for_evaluation_s = self._waited_for_evaluation_s, 0.0
         return {f"time/{name}": seconds for name, seconds in times.items()}
 
 

@@ -16,7 +16,7 @@ WORTH_SAYING = 0.15
 MOSTLY = 0.6
 
 Limit = Literal[
-    "unknown", "rollout", "staleness", "environment", "learner", "sync", "checkpoint", "records", "balanced"
+    "unknown", "rollout", "staleness", "environment", "evaluation", "learner", "sync", "checkpoint", "records", "balanced"
 ]
 
 
@@ -33,7 +33,9 @@ class Verdict:
     num_steps: int
     """Learner steps that it rests on."""
     learner_idle: float | None = None
-    """Share of the time that the learner waited for groups."""
+    """Share of the time that the learner waited for groups while no evaluation kept the workers from making them."""
+    evaluation: float | None = None
+    """Share of the time that it waited while workers evaluated."""
     rollout_idle: float | None = None
     """Share of the time that engines took no model step, mean over workers."""
     env_share: float | None = None
@@ -57,8 +59,10 @@ def judge(rows: Sequence[Mapping[str, Any]], *, max_staleness: int) -> Verdict:
         return Verdict(limit="unknown", sentence=sentence, num_steps=len(steps))
     # busy 0: no heartbeat told it yet, for engines that made these groups were busy
     busy = _share(steps, "rollout/busy_s", "time/step")
+    waits, evaluation = (_share(steps, f"time/wait_for_{what}", "time/step") for what in ("batch", "evaluation"))
     shares = {
-        "learner_idle": _share(steps, "time/wait_for_batch", "time/step"),
+        "learner_idle": None if waits is None else waits - (evaluation or 0.0),
+        "evaluation": evaluation,
         "rollout_idle": None if not busy else min(max(1.0 - busy, 0.0), 1.0),
         "env_share": _share(steps, "rollout/env_s/mean", "rollout/episode_s/mean"),
         "sync": _share(steps, "time/sync", "time/step"),
@@ -73,11 +77,16 @@ def judge(rows: Sequence[Mapping[str, Any]], *, max_staleness: int) -> Verdict:
 
 def _sentence(shares: Mapping[str, float | None], max_staleness: int) -> tuple[Limit, str]:
     """The largest part of the learner's time that is not learning decides; if none is large, what the engines do."""
-    not_learning = {name: shares[name] or 0.0 for name in ("learner_idle", "checkpoint", "sync", "other")}
+    not_learning = {name: shares[name] or 0.0 for name in ("learner_idle", "evaluation", "checkpoint", "sync", "other")}
     worst = max(not_learning, key=lambda name: not_learning[name])
     share = not_learning[worst]
     if share < WORTH_SAYING:
         return _learner_is_busy(shares, max_staleness)
+    if worst == "evaluation":
+        return "evaluation", (
+            f"evaluation-bound: the learner waits {share:.0%} of the time for evaluations; "
+            "raise evaluation.every or lower evaluation.tasks"
+        )
     if worst == "checkpoint":
         return "checkpoint", f"checkpoint-bound: checkpoints take {share:.0%} of the time; raise run.checkpoint_every"
     if worst == "sync":

@@ -1,5 +1,7 @@
 """The page of the first ten minutes, typed into one shell: every command succeeds and shows what the page shows."""
 
+import contextlib
+import importlib.metadata
 import os
 import re
 import shutil
@@ -10,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.documentation import DOCS, ROOT, blocks, examples, looks_as_shown
 
@@ -23,6 +27,41 @@ REFUSED = ("shoal trian", "shoal train env=calculator rollout.max_stalenes=4")
 """Commands that the page mistypes."""
 
 
+LIKE_SETUP = """
+from importlib.machinery import PathFinder
+
+ABSENT, find = frozenset({absent!r}), PathFinder.find_spec
+PathFinder.find_spec = classmethod(
+    lambda cls, name, path=None, target=None: None if name.partition(".")[0] in ABSENT else find(name, path, target)
+)
+"""
+"""Python where the modules `absent` are not installed."""
+
+
+def brought_by(name: str, extras: list[str]) -> set[str]:
+    """Distributions that `pip install name[extras]` installs, as far as they are installed here."""
+    todo = [(name, extra) for extra in ("", *extras)]
+    seen = set(todo)
+    while todo:
+        name, extra = todo.pop()
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            for wanted in map(Requirement, importlib.metadata.requires(name) or []):
+                if wanted.marker is None or wanted.marker.evaluate({"extra": extra}):
+                    new = {(canonicalize_name(wanted.name), each) for each in ("", *wanted.extras)} - seen
+                    seen |= new
+                    todo += new
+    return {name for name, _ in seen}
+
+
+def absent_after_setup() -> set[str]:
+    """Modules of this environment that `make setup` does not install."""
+    setup = (ROOT / "Makefile").read_text().partition("setup-test:")[0]
+    (extras,) = re.findall(r"-e '\.\[([a-z,]+)\]'$", setup, re.MULTILINE)
+    brought = brought_by("shoal", extras.split(","))
+    owners = importlib.metadata.packages_distributions()
+    return {module for module, names in owners.items() if not {canonicalize_name(name) for name in names} & brought}
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """What `make demo` finds in a checkout where `make setup` was run: the Makefile and an environment with `shoal`."""
@@ -34,6 +73,7 @@ def checkout(tmp_path: Path) -> Path:
         (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {words} "$@"\n')
         (programs / name).chmod(0o755)
     (programs / "activate").write_text('PATH="$PWD/.venv/bin:$PATH"\n')
+    (tmp_path / "sitecustomize.py").write_text(LIKE_SETUP.format(absent=sorted(absent_after_setup())))
     for stamp in (".torch", ".installed"):  # newest last: make has nothing left to do
         (tmp_path / ".venv" / stamp).touch()
     return tmp_path
@@ -52,7 +92,7 @@ def typed_into_one_shell(commands: list[str], folder: Path) -> list[tuple[int, s
     shell = subprocess.Popen(
         ["bash", "-c", script],
         cwd=folder,
-        env=kept | {"PYTHONPATH": str(ROOT)},
+        env=kept | {"PYTHONPATH": f"{folder}:{ROOT}"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,

@@ -310,6 +310,17 @@ def _off_policy(stored: Stored, step: int) -> dict[str, float]:
     }
 
 
+def _together_s(spans: list[dict], start_s: float, end_s: float) -> float:
+    """Seconds of a window in which the learner waited and workers evaluated."""
+    waits = [s for s in spans if (s["process"], s["activity"]) == ("learner", "wait")]
+    evaluations = {(s["start_s"], s["end_s"]) for s in spans if s["activity"] == "evaluate"}  # of all workers at once
+    return sum(
+        max(0.0, min(wait["end_s"], until_s, end_s) - max(wait["start_s"], from_s, start_s))
+        for wait in waits
+        for from_s, until_s in evaluations
+    )
+
+
 def _throughput(stored: Stored, step: int) -> dict[str, float]:
     start_s, end_s = stored.window(step)
     wall_s, rows = end_s - start_s, stored.trained(step)
@@ -325,6 +336,7 @@ def _throughput(stored: Stored, step: int) -> dict[str, float]:
         "time/trainer_idle_ratio": spent["wait"] / wall_s,
         "time/step": wall_s,
         "time/wait_for_batch": spent["wait"],
+        "time/wait_for_evaluation": _together_s(stored.spans, start_s, end_s),
         "time/forward_backward": LEARNER_S,
         "time/sync": spent["sync"],
         "time/checkpoint": spent["checkpoint"],
@@ -453,7 +465,7 @@ def test_what_the_verdict_rests_on_is_made_of_seconds_of_spans_and_rows(stored: 
         return sum(numbers[key] for numbers in per_step)
 
     assert verdict["num_steps"] == len(stored.steps)
-    assert verdict["learner_idle"] == pytest.approx(
+    assert verdict["learner_idle"] + verdict["evaluation"] == pytest.approx(
         seconds_by(stored.spans, "learner", "wait", start_s, end_s) / wall_s
     )
     assert verdict["sync"] == pytest.approx(seconds_by(stored.spans, "learner", "sync", start_s, end_s) / wall_s)

@@ -15,7 +15,7 @@ from tests.training import small_config, train_in_process
 def steps(count: int = 5, **seconds: float | None) -> list[dict]:
     """Rows of steps of 10 s; `seconds` by short name."""
     names = {
-        "wait": "time/wait_for_batch", "sync": "time/sync", "checkpoint": "time/checkpoint", "other": "time/other",
+        "wait": "time/wait_for_batch", "evaluation": "time/wait_for_evaluation", "sync": "time/sync", "checkpoint": "time/checkpoint", "other": "time/other",
         "busy": "rollout/busy_s", "env": "rollout/env_s/mean", "episode": "rollout/episode_s/mean",
         "age": "queue/oldest_age_s", "lag": "off_policy/lag/mean",
     }  # fmt: skip
@@ -38,6 +38,11 @@ def steps(count: int = 5, **seconds: float | None) -> list[dict]:
         ({"wait": 8.0, "busy": 1.0, "env": 9.0, "episode": 10.0}, 2, "environment",
          "environment-bound: the learner waits 80% of the time and episodes wait 90% of theirs for tools; "
          "add rollout.env_pools, make tools faster or raise max_staleness"),
+        ({"wait": 6.0, "evaluation": 5.0, "busy": 3.0}, 2, "evaluation",
+         "evaluation-bound: the learner waits 50% of the time for evaluations; "
+         "raise evaluation.every or lower evaluation.tasks"),
+        ({"wait": 6.0, "evaluation": 2.0, "busy": 9.0}, 2, "rollout",
+         "rollout-bound: the learner waits 40% of the time; add workers or raise max_staleness"),
         ({"wait": 0.2, "checkpoint": 4.0, "busy": 1.0}, 2, "checkpoint",
          "checkpoint-bound: checkpoints take 40% of the time; raise run.checkpoint_every"),
         ({"wait": 1.0, "sync": 2.0, "busy": 9.0}, 2, "sync",
@@ -99,11 +104,35 @@ def test_the_time_of_a_step_is_told_by_part_and_closes():
     assert found == {
         "time/wait_for_batch": 5.0, "time/forward_backward": 2.5, "time/sync": 0.25, "time/checkpoint": 1.0,
         "time/other": 1.0, "time/step": 9.75, "time/train": 3.0, "time/trainer_idle_ratio": 5.0 / 9.75,
+        "time/wait_for_evaluation": 0.0,
     }  # fmt: skip
     assert sum(found[f"time/{part}"] for part in PARTS) == found["time/step"]
     assert spans[:2] == [("learner", "wait", 0.0, 5.0), ("learner", "train", 5.0, 8.0)]
     clock.advance(2.0)
     assert time.close(forward_backward_s=0.0)["time/step"] == 2.0  # nothing of the first step is left
+
+
+def test_only_what_is_waited_while_workers_evaluate_is_waited_for_an_evaluation():
+    clock = FakeClock()
+    time = StepTime(clock, lambda *span: None)
+
+    def part(name: str, seconds: float) -> None:
+        with time.part(name, name):
+            clock.advance(seconds)
+
+    part("wait_for_batch", 1.0)
+    with time.evaluation():
+        part("train", 2.0)
+        part("wait_for_batch", 3.0)  # all of it
+        assert time.close(forward_backward_s=2.0)["time/wait_for_evaluation"] == 3.0
+        part("train", 1.0)
+        waiting = time.part("wait_for_batch", "wait")
+        waiting.__enter__()
+        clock.advance(4.0)
+    clock.advance(5.0)  # the evaluation has ended, and groups are made again
+    waiting.__exit__(None, None, None)
+    found = time.close(forward_backward_s=1.0)
+    assert (found["time/wait_for_batch"], found["time/wait_for_evaluation"]) == (9.0, 4.0)
 
 
 def test_a_real_run_s_steps_add_up_to_its_wall_time_and_every_process_has_its_spans(tmp_path):
