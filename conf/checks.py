@@ -486,8 +486,11 @@ def check_machine(config: TrainConfig) -> None:
         )
     if policy.kind == "hf" and not Path(policy.path, "config.json").is_file():
         raise ConfigError(f"policy.path={policy.path!r} is no transformers checkpoint folder: it holds no config.json")
-    if policy.init not in ("auto", "random") and not Path(policy.init).exists():
-        raise ConfigError(f"policy.init={policy.init!r}: no such file. Allowed: auto, random, or weights on disk")
+    if not re.fullmatch(r"\w+", policy.init) and not Path(policy.init).exists():  # a word may name a shipped warm start
+        raise ConfigError(
+            f"policy.init={policy.init!r}: no such file. Allowed: auto, random, weights on disk, or the name of an "
+            "environment with a shipped warm start"
+        )
     if config.monitor.wandb == "online" and not has_wandb_key():
         raise ConfigError(
             "monitor.wandb='online' needs a key and none was found: run `wandb login` or set WANDB_API_KEY, "

@@ -105,7 +105,8 @@ class PolicyConfig:
     path: str = ""
     """Checkpoint folder for kind "hf"."""
     init: str = "auto"
-    """"auto" (shipped warm start for this preset and env) | "random" | a .safetensors file or checkpoint folder."""
+    """"auto" (shipped warm start for this preset and env) | "random" | a .safetensors file or checkpoint folder |
+    the name of another environment, for its shipped warm start."""
     dialect: str = "tiny"
     """"tiny" | "qwen3_5" | "chat_template" (the tokenizer's own)."""
 

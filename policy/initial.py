@@ -20,12 +20,13 @@ def initial_weights_file(config: PolicyConfig, env_name: str) -> Path | None:
     if config.init == "random" or (config.kind == "hf" and config.init == "auto"):
         return None
     if config.init == "auto":
-        path = SHIPPED / f"{config.preset}-{env_name}.safetensors"
-        if config.overrides or not path.exists():
+        path = _shipped(config, env_name)
+        if path is None:
             raise ValueError(
                 f"no shipped warm start for policy.preset={config.preset!r} with env {env_name!r}"
-                f"{' and overrides' if config.overrides else ''}: make one with `shoal sft env=... "
-                f"sft.output=warm.safetensors` and pass policy.init=warm.safetensors, or pass policy.init=random"
+                f"{' and overrides' if config.overrides else ''}: make one with `shoal sft env=... policy.init=shop_db "
+                f"sft.steps=30 sft.output=warm.safetensors` and pass policy.init=warm.safetensors, or pass "
+                f"policy.init=random"
             )
         return path
     path = Path(config.init)
@@ -33,7 +34,20 @@ def initial_weights_file(config: PolicyConfig, env_name: str) -> Path | None:
     for candidate in candidates:  # a model folder, a run's checkpoint, or the file itself
         if candidate.is_file():
             return candidate
-    raise ValueError(f"policy.init={config.init!r}: no such file or checkpoint folder")
+    if found := _shipped(config, config.init):
+        return found
+    names = sorted(
+        path.stem.removeprefix(f"{config.preset}-") for path in SHIPPED.glob(f"{config.preset}-*.safetensors")
+    )
+    raise ValueError(
+        f"policy.init={config.init!r} is no file, no checkpoint folder, and no environment with a shipped warm start "
+        f"for policy.preset={config.preset!r} ({', '.join(names) or 'there are none'})"
+    )
+
+
+def _shipped(config: PolicyConfig, env_name: str) -> Path | None:
+    path = SHIPPED / f"{config.preset}-{env_name}.safetensors"
+    return path if config.kind == "hybrid" and not config.overrides and path.exists() else None
 
 
 def load_initial_weights(model: "PolicyModel", config: PolicyConfig, env_name: str) -> Path | None:

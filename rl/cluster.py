@@ -281,7 +281,7 @@ def check_nodes(config: TrainConfig, group: Any, logs: str, *, runtime_env: dict
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """Files by their whole path: processes on other nodes have another working directory."""
     policy = config.policy
-    init = policy.init if policy.init in ("auto", "random") else str(Path(policy.init).resolve())
+    init = str(Path(policy.init).resolve()) if Path(policy.init).exists() else policy.init
     path = str(Path(policy.path).resolve()) if policy.path else ""
     return replace(config, policy=replace(policy, init=init, path=path))
 

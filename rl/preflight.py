@@ -20,7 +20,8 @@ from rollout.renderer import sees_images
 def check_parts(config: TrainConfig, *, trains: bool = True) -> None:
     """Raise `ConfigError`, or the registry's own error for an environment, naming what is wrong.
 
-    `trains` false: weights and loss are not looked for (`shoal sft` makes the one and has its own of the other).
+    `trains` false: no loss is looked for, and no weights unless they are named (`shoal sft` has a loss of its own, and
+    makes weights).
     """
     if config.engine.kind == "vllm":
         _check_vllm(config)
@@ -33,12 +34,16 @@ def check_parts(config: TrainConfig, *, trains: bool = True) -> None:
         _check_images(entry.id, config.policy, key)
     if config.policy.kind == "hybrid":
         _check_preset(config.policy.preset, config.policy.overrides)
+    if trains or config.policy.init not in ("auto", "random"):
+        try:
+            initial_weights_file(config.policy, env.name)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
     if not trains:
         return
     loss = config.learner.loss
     names = {"loss": loss.name, "advantage": loss.advantage, "optimizer": config.learner.optimizer.name}
     try:
-        initial_weights_file(config.policy, env.name)
         for what, name in names.items():
             if ":" in name:  # a user's function; the built-in names are known to conf.checks
                 choose(what, name, {})

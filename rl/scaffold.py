@@ -82,8 +82,8 @@ wrote {folder}/
   shoal env check {id}                  does it keep its promises?
   shoal env play {id}                   play it yourself
   python -m pytest                        the same check as a test (pip install pytest)
-  shoal sft env={id} sft.output=warm.safetensors
-  shoal train env={id} policy.init=warm.safetensors
+  shoal sft env={id} policy.init=shop_db sft.steps=30 sft.output=warm.safetensors
+  shoal train env={id} policy.init=warm.safetensors steps=10
 """
 
 

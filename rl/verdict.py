@@ -16,7 +16,16 @@ WORTH_SAYING = 0.15
 MOSTLY = 0.6
 
 Limit = Literal[
-    "unknown", "rollout", "staleness", "environment", "evaluation", "learner", "sync", "checkpoint", "records", "balanced"
+    "unknown",
+    "rollout",
+    "staleness",
+    "environment",
+    "evaluation",
+    "learner",
+    "sync",
+    "checkpoint",
+    "records",
+    "balanced",
 ]
 
 

@@ -15,7 +15,8 @@ from tests.training import small_config, train_in_process
 def steps(count: int = 5, **seconds: float | None) -> list[dict]:
     """Rows of steps of 10 s; `seconds` by short name."""
     names = {
-        "wait": "time/wait_for_batch", "evaluation": "time/wait_for_evaluation", "sync": "time/sync", "checkpoint": "time/checkpoint", "other": "time/other",
+        "wait": "time/wait_for_batch", "evaluation": "time/wait_for_evaluation",
+        "sync": "time/sync", "checkpoint": "time/checkpoint", "other": "time/other",
         "busy": "rollout/busy_s", "env": "rollout/env_s/mean", "episode": "rollout/episode_s/mean",
         "age": "queue/oldest_age_s", "lag": "off_policy/lag/mean",
     }  # fmt: skip
