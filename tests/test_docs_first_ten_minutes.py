@@ -28,14 +28,21 @@ REFUSED = ("shoal trian", "shoal train env=calculator rollout.max_stalenes=4")
 
 
 LIKE_SETUP = """
+import site
+import sys
 from importlib.machinery import PathFinder
 
 ABSENT, find = frozenset({absent!r}), PathFinder.find_spec
-PathFinder.find_spec = classmethod(
-    lambda cls, name, path=None, target=None: None if name.partition(".")[0] in ABSENT else find(name, path, target)
-)
+
+
+def find_spec(cls, name, path=None, target=None):
+    elsewhere = [folder for folder in sys.path if folder not in site.getsitepackages()]  # Ray brings some of its own
+    return find(name, elsewhere if path is None and name in ABSENT else path, target)
+
+
+PathFinder.find_spec = classmethod(find_spec)
 """
-"""Python where the modules `absent` are not installed."""
+"""Python whose site-packages do not hold the modules `absent`."""
 
 
 def brought_by(name: str, extras: list[str]) -> set[str]:
