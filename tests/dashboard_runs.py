@@ -148,5 +148,6 @@ def save_picture(page: Any, folder: Path, name: str) -> None:
     folder = IMAGES if os.environ.get("SHOAL_SCREENSHOTS") else folder / "pictures"
     folder.mkdir(exist_ok=True)
     path = folder / f"dashboard-{name}.png"
-    page.screenshot(path=path)
+    height = page.evaluate("Math.min(innerHeight, document.getElementById('view').getBoundingClientRect().bottom)")
+    page.screenshot(path=path, clip={"x": 0, "y": 0, "width": page.viewport_size["width"], "height": height})
     assert path.stat().st_size > 5_000

@@ -16,9 +16,9 @@ export async function tokensView(view, run, key, query, signal) {
   });
   const here = ["run", run, "tokens", key];
   fill(view, el("h1", {}, `Tokens of trajectory ${key}`),
-    el("p", {}, link(["run", run, "trajectory", key], {}, "conversation"), ` · ${t.num_tokens} tokens · advantage ${num(t.advantage)} · `,
-      offset > 0 ? link(here, { offset: Math.max(0, offset - PAGE) }, "before ") : null,
-      offset + t.id.length < t.num_tokens ? link(here, { offset: offset + PAGE }, "after") : null),
+    el("p", {}, link(["run", run, "trajectory", key], {}, "conversation"), ` · ${t.num_tokens} tokens · advantage ${num(t.advantage)}`,
+      offset > 0 ? [" · ", link(here, { offset: Math.max(0, offset - PAGE) }, "before")] : null,
+      offset + t.id.length < t.num_tokens ? [" · ", link(here, { offset: offset + PAGE }, "after")] : null),
     el("p", { class: "dim", id: "ratio" }, "ratio = exp(learner - rollout), of the weights at the start of the step. ", t.clip_low === null
       ? "What the loss of this run clips cannot be told from it." : "The loss clips it on the side that the advantage pushes to."),
     table([["#", (r) => r.at, true], ["id", (r) => r.id, true], ["text", (r) => el("code", {}, JSON.stringify(r.text))], ["mask", (r) => r.mask, true],
