@@ -11,6 +11,7 @@ time is from the click to its last chart or row. Server memory is its highest re
 
 Cost: pairs of the same short training, one of them watched by one page, in alternating order. `server_cpu_share` is the
 server's CPU seconds over the run's; `slowdown` is watched over unwatched time, with a 95% t interval over the pairs.
+`parts` tells when each was measured, on which machine and beside which load.
 """
 
 import argparse
@@ -24,8 +25,9 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -52,6 +54,7 @@ TRAIN = (
     *("train", "env=calculator", "cluster=inprocess", "evaluation.every=0", "evaluation.final_tasks=4"),
     *("monitor.wandb=disabled", "monitor.progress=false", "policy.init=random", "learner.self_check_tolerance=1e9"),
 )
+SIZE = {"metric_points": STEPS * len(METRICS), "trajectories": TRAJECTORIES + 1, "largest_bytes": LARGE_BYTES}
 SETTLE_S, ALONE_S = 2.0, 8.0
 """A browser is given the first to start, and the second to draw before somebody looks."""
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -346,6 +349,30 @@ def _timed(command: list[str], meanwhile: Any = None) -> tuple[float, float]:
     return time.perf_counter() - started, usage.ru_utime + usage.ru_stime
 
 
+def measured(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """One part and its conditions; the machine's load is that of the minute before."""
+    utc = datetime.now(UTC).isoformat(timespec="minutes")
+    return {"utc": utc, "machine": describe_machine(), "figures": measure()}
+
+
+def joined(earlier: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What is written. A part that was not measured stays as `earlier` has it, with its machine and its time."""
+    figures, ratios, conditions = ({**earlier.get(name, {})} for name in ("figures", "ratios", "parts"))
+    for name, part in parts.items():
+        figures |= part["figures"]
+        ratios |= {key: part["figures"][key] for key in ("server_cpu_share", "slowdown") if key in part["figures"]}
+        conditions[name] = {"utc": part["utc"], "machine": part["machine"]}
+    newest = max(conditions.values(), key=lambda part: part["utc"])
+    return {
+        "name": "dashboard",
+        "ratios": ratios,
+        "figures": figures,
+        "machine": newest["machine"],
+        "parts": conditions,
+        "paired": "slowdown" in ratios,
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     pairs = (0, *range(2, 11))
@@ -355,27 +382,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=FOLDER / "results" / "dashboard.json")
     parser.add_argument("--json", action="store_true", help="the result as the last line of output")
     arguments = parser.parse_args(argv)
+    parts = {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         if arguments.only != "cost":
             (root / "large").mkdir()
             make_large_run(root / "large")
-        machine = describe_machine()  # its load is that of the minute before the measurement
-        scale = measure_scale(root / "large") if arguments.only != "cost" else {}
-        measures_cost = arguments.pairs and arguments.only != "scale"
-        cost = measure_cost(root, arguments.pairs, arguments.steps) if measures_cost else {}
-    written = {"metric_points": STEPS * len(METRICS), "trajectories": TRAJECTORIES + 1, "largest_bytes": LARGE_BYTES}
-    size = written if scale else {}
-    ratios = {name: cost[name] for name in ("server_cpu_share", "slowdown") if name in cost}
-    figures = size | scale | cost
-    if arguments.only and arguments.output.exists():  # the other measurement stays as it was
-        earlier = json.loads(arguments.output.read_text())
-        ratios, figures = earlier["ratios"] | ratios, earlier["figures"] | figures
-    paired = "slowdown" in ratios
-    result = {"name": "dashboard", "ratios": ratios, "figures": figures, "machine": machine, "paired": paired}
+            parts["scale"] = measured(lambda: SIZE | measure_scale(root / "large"))
+        if arguments.pairs and arguments.only != "scale":
+            parts["cost"] = measured(lambda: measure_cost(root, arguments.pairs, arguments.steps))
+    is_other_kept = arguments.only and arguments.output.exists()
+    result = joined(json.loads(arguments.output.read_text()) if is_other_kept else {}, parts)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result) if arguments.json else json.dumps(figures, indent=2))
+    print(json.dumps(result) if arguments.json else json.dumps(result["figures"], indent=2))
     return 0
 
 

@@ -1,5 +1,6 @@
 """A run folder whose every text is hostile, and a dashboard server in a process of its own."""
 
+import functools
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from conf.loading import load_config, resolved_yaml
 from envs.message import ImagePart, Message, TextPart, ToolCall, ToolResult
 from envs.task import Task
 from rl.run_folder import RunFolder
@@ -24,13 +26,14 @@ PNG = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000d49444154789c6360000002000001e221bc33"
     "0000000049454e44ae426082"
 )
-CONFIG = "seed: 1\nsteps: 3\npolicy:\n  dialect: tiny\nlearner:\n  clip_low: 0.2\n  clip_high: 0.28\n"
 
 
-def make_run(root: Path) -> Path:
-    """Two groups of two, one trained at step 1 and one waiting; three steps, an evaluation, events, spans, a log."""
+def make_run(root: Path, *settings: str) -> Path:
+    """Two groups of two, one trained at step 2 and one waiting; three steps, an evaluation, events, spans, a log.
+
+    Its settings are ours: a test must not read a key that no run has."""
     folder = RunFolder.create(root, "calc", "tiny", name=RUN)
-    folder.write_config(CONFIG)
+    folder.write_config(_config("seed=1", "steps=3", *settings))
     (folder.path / "manifest.json").write_text(json.dumps({"argv": [XSS]}))
     steps = [
         {
@@ -74,6 +77,11 @@ def make_run(root: Path) -> Path:
     ledger.consume([groups[0].group_id], step=2)
     ledger.close()
     return folder.path
+
+
+@functools.cache
+def _config(*settings: str) -> str:
+    return resolved_yaml(load_config(settings))
 
 
 def _group(group_id: str, rewards: tuple[float | None, ...]) -> TrajectoryGroup:
@@ -140,5 +148,6 @@ def save_picture(page: Any, folder: Path, name: str) -> None:
     folder = IMAGES if os.environ.get("SHOAL_SCREENSHOTS") else folder / "pictures"
     folder.mkdir(exist_ok=True)
     path = folder / f"dashboard-{name}.png"
-    page.screenshot(path=path)
+    height = page.evaluate("Math.min(innerHeight, document.getElementById('view').getBoundingClientRect().bottom)")
+    page.screenshot(path=path, clip={"x": 0, "y": 0, "width": page.viewport_size["width"], "height": height})
     assert path.stat().st_size > 5_000

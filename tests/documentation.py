@@ -114,3 +114,9 @@ def write_files(page: Path, folder: Path) -> list[str]:
             path.write_text(fence[2])
             modules += [named[1]] * (named[2] == "py")
     return modules
+
+
+def table_names(page: Path, heading: str) -> list[str]:
+    """What stands in backticks in the first column of the tables under a heading."""
+    section = page.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return [name for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for name in re.findall(r"`(.*?)`", row)]

@@ -33,6 +33,7 @@ from tests.documentation import (
     examples,
     looks_as_shown,
     shoal_words,
+    table_names,
     without_code,
     write_files,
 )
@@ -87,12 +88,6 @@ def is_run(block: Block) -> bool:
     return block.kind in ("shell", "console") and all(
         runs_here(command) or command in ELSEWHERE for command in typed(block)
     )
-
-
-def table_names(page: Path, heading: str) -> list[str]:
-    """What stands in backticks in the first column of the tables under a heading."""
-    section = page.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    return [name for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for name in re.findall(r"`(.*?)`", row)]
 
 
 def anchors(text: str) -> set[str]:

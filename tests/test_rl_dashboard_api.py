@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
+from conf.schema import LossConfig
 from rl.dashboard.folders import NotThere, find_run
 from rl.dashboard.metrics import Cursor, MetricTable, read_new_lines, thin
 from rl.dashboard.security import Access
@@ -30,6 +31,7 @@ from rl.run_folder import RunFolder
 from tests.dashboard_runs import PNG, RUN, XSS, make_run, metric_rows, start_server
 
 Ask = Callable[..., httpx.Response]
+LIMITS = ("clip_low", "clip_high", "tis_cap")
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +119,16 @@ def test_tokens_are_the_stored_arrays(root: Path) -> None:
     answer = _client(root)(f"/api/runs/{RUN}/tokens", row=1, offset=2, limit=2).json()
     assert answer["id"] == [60, 62] and answer["text"] == ["<", ">"]
     assert answer["mask"] == [1, 1] and answer["rollout"] == [-1.0, -1.0] and answer["learner"] == [-0.5, -0.5]
-    assert answer["clip_high"] == 0.28 and answer["num_tokens"] == 6
+    assert answer["num_tokens"] == 6
+    loss = LossConfig()
+    assert [answer[name] for name in LIMITS] == [loss.clip_low, loss.clip_high, loss.tis_cap]
+
+
+@pytest.mark.parametrize("setting", ["learner=gspo", "learner.loss.anchor=proximal", "learner.updates_per_step=2"])
+def test_a_loss_that_does_not_limit_the_stored_ratio_gives_no_limits_of_it(tmp_path: Path, setting: str) -> None:
+    make_run(tmp_path, setting)
+    answer = _client(tmp_path)(f"/api/runs/{RUN}/tokens", row=1).json()
+    assert [answer[name] for name in LIMITS] == [None, None, None]
 
 
 def test_every_other_view_answers_from_the_files(root: Path) -> None:
@@ -132,10 +143,51 @@ def test_every_other_view_answers_from_the_files(root: Path) -> None:
     assert workers["worker-0"]["tokens"] == 12 and workers["worker-0"]["tok_s"] == 12 / 6.0
     assert workers["worker-0"]["error"] == XSS and workers["worker-0"]["state"] == "lost"
     assert workers["learner"]["state"] is None
-    assert ask(f"/api/runs/{RUN}/config").json()["config"]["learner.clip_low"] == 0.2
+    assert ask(f"/api/runs/{RUN}/config").json()["config"]["learner.loss.clip_low"] == 0.2
     assert XSS in ask(f"/api/runs/{RUN}/logs", name="worker-0.log").json()["text"]
     assert ask(f"/api/runs/{RUN}/events").json()["events"][0]["kind"] == "checkpoint"
     assert ask(f"/api/runs/{RUN}/csv", keys="reward/mean").text.splitlines()[1] == "1.0,2.0,10.0,4.0,0.25"
+
+
+def test_a_worker_that_came_back_keeps_its_error_and_one_that_took_weights_again_is_not_stale(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    events = [
+        {"kind": "worker_restarted", "time_s": 2.0, "worker": "worker-0", "restarts": 1},
+        {"kind": "weights_refused", "time_s": 3.0, "worker": "worker-1", "error": "another shape"},
+        {"kind": "weights_refused", "time_s": 3.0, "worker": "worker-2", "error": "another shape"},
+    ]
+    spans = [("worker-1", 2.0), ("worker-2", 2.0), ("worker-2", 4.0)]  # when they took weights
+    with (folder / "events.jsonl").open("a") as file:
+        file.writelines(json.dumps(event) + "\n" for event in events)
+    with (folder / "spans.jsonl").open("a") as file:
+        file.writelines(
+            json.dumps({"process": name, "activity": "sync", "start_s": end_s - 0.1, "end_s": end_s}) + "\n"
+            for name, end_s in spans
+        )
+    told = _client(tmp_path)(f"/api/runs/{RUN}/workers").json()["workers"]
+    rows = {w["process"]: (w["state"], w.get("error"), w.get("restarts")) for w in told}
+    assert rows["worker-0"] == ("healthy", XSS, 1)
+    assert rows["worker-1"] == ("stale", "another shape", 0) and rows["worker-2"] == ("healthy", "another shape", 0)
+
+
+def test_the_workers_of_a_run_that_has_ended_are_not_called_healthy(tmp_path: Path) -> None:
+    folder = RunFolder(path=make_run(tmp_path))
+    with folder.events.open("a") as file:
+        file.write(json.dumps({"kind": "worker_restarted", "time_s": 2.0, "worker": "worker-0"}) + "\n")
+        file.write(json.dumps({"kind": "worker_retired", "time_s": 2.0, "worker": "worker-1"}) + "\n")
+
+    def states() -> dict[str, str | None]:
+        told = _client(tmp_path)(f"/api/runs/{RUN}/workers").json()["workers"]
+        return {worker["process"]: worker["state"] for worker in told}
+
+    assert states() == {"learner": None, "worker-0": "healthy", "worker-1": "retired"}
+    folder.finish("finished")
+    assert states() == {"learner": None, "worker-0": "was healthy", "worker-1": "retired"}
+    state = json.loads(folder.run_json.read_text())
+    folder.run_json.write_text(json.dumps(state | {"status": "running", "pid": 2**22 + 1}))  # its process is gone
+    assert states()["worker-0"] == "was healthy"
+    folder.run_json.write_text("{")
+    assert states()["worker-0"] == "was healthy"
 
 
 def test_the_glance_judges_the_stored_steps_and_tells_which_alerts_last(tmp_path: Path) -> None:
@@ -302,6 +354,9 @@ def test_the_newest_run_is_read_before_a_page_asks_and_nothing_is_read_where_the
         {"host": "127.0.0.1.evil.example:8765"},
         {"host": "localhost@evil.example"},
         {"host": ""},
+        {"host": "["},
+        {"host": "[::1"},
+        {"origin": "http://["},
         {"origin": "http://evil.example"},
         {"origin": "null"},
         {"origin": "http://localhost:9999"},

@@ -8,16 +8,25 @@ import sqlite3
 import subprocess
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from conf.loading import load_config, resolved_yaml
+from conf.schema import LossConfig
+from rl.loss import LossInputs, clipped
 from rl.notes import Notes, write_notes
 from rl.run_folder import RunFolder
 from rollout.lineage import read_lineage, story
 from tests.dashboard_runs import RUN, XSS, make_run, metric_rows, start_server, until
 
 pytestmark = pytest.mark.browser
+
+READY = "document.getElementById('view').dataset.ready === (location.hash || '#/')"
 
 
 @pytest.mark.slow
@@ -64,7 +73,7 @@ def test_every_view_shows_what_the_rows_say_and_survives_a_killed_server(page, t
         visit("ledger")
         groups = sqlite3.connect(folder / "ledger.sqlite").execute("SELECT COUNT(*) FROM groups").fetchone()[0]
         assert int(page.inner_text("[data-audit=issued] b")) == groups
-        assert "learner.clip_low" in visit("config")
+        assert "learner.loss.clip_low" in visit("config")
         _read_and_follow_logs(page, folder, visit)
         assert "checkpoint" in visit("events")
         visit("timeline")
@@ -99,6 +108,117 @@ def test_a_chart_is_sketched_from_its_rows_until_the_library_draws_it(page, tmp_
         until(page, "document.querySelector(\"[data-keys^='reward/mean'] .plot-container\") !== null")
         until(page, "document.querySelector('.sketch') === null")
         assert page.evaluate("[...document.querySelector(\"[data-keys^='reward/mean']\").data[0].y]") == rewards
+    finally:
+        server.kill()
+        server.wait(10)
+
+
+@pytest.mark.slow
+def test_a_page_opened_before_the_first_step_gets_its_charts_and_a_long_curve_keeps_its_beginning(
+    page, tmp_path: Path
+) -> None:
+    folder = RunFolder.create(tmp_path, "calc", "tiny", name=RUN).path
+    server, address = start_server(tmp_path)
+    chart = "document.querySelector(\"[data-keys^='reward/mean']\")"
+    try:
+        page.goto(f"{address}#/run/{RUN}/overview")
+        until(page, f"{READY} && document.getElementById('live').textContent === 'live'")
+        assert page.locator("[data-keys]").count() == 0
+        page.evaluate("window.isTheSamePage = true")
+        _append_rows(folder, [{"kind": "evaluation", "step": 0, "time_s": 0.5, "eval/success": 0.25}])
+        until(page, "document.querySelector(\"[data-keys='eval/success']\")?.data?.[0].x.length === 1")
+        for step in (1, 2):
+            _append_rows(folder, [_step(step, step / 4)])
+            until(page, f"{chart}?.data?.[0].x.length === {step} && {READY}")
+        _append_rows(folder, [_step(3, 0.75) | {"stop/terminated": 1.0}])
+        until(page, "document.querySelector(\"[data-keys='stop/terminated']\")?.data?.[0].x.length === 1")
+        until(page, f"{chart}.data[0].x.length === 3")
+        assert page.evaluate(f"[...{chart}.data[0].y]") == [0.25, 0.5, 0.75]
+        assert [page.locator(f"[data-keys^='{key}']").count() for key in ("reward/mean", "eval/success")] == [1, 1]
+        _append_rows(folder, [_step(step, step / 9_000) for step in range(4, 9_001)])
+        until(page, f"{chart}.data[0].x.at(-1) === 9000 && {chart}.data[0].x.length < 4000")
+        drawn = page.evaluate(f"[...{chart}.data[0].x]")
+        assert drawn[0] == 1 and drawn == sorted(set(drawn))
+        assert max(after - before for before, after in pairwise(drawn)) <= 100  # no part of it is cut out
+        assert page.evaluate(f"Number({chart}.dataset.points)") == 9_000 and page.evaluate("window.isTheSamePage")
+    finally:
+        server.kill()
+        server.wait(10)
+
+
+@pytest.mark.slow
+def test_a_token_is_called_clipped_where_the_loss_gives_it_no_gradient(page, tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    learner = np.array([0, 0, -2.0, -1.0, 0, -0.1], np.float32)  # far under its rollout logprob of -1, equal, far over
+    with sqlite3.connect(folder / "trajectories.db") as db:
+        db.execute("UPDATE trajectories SET learner_logprobs = ? WHERE row = 2", (learner.tobytes(),))
+    server, address = start_server(tmp_path)
+
+    def causes(row: int) -> list[str]:
+        page.goto(f"{address}#/run/{RUN}/tokens/{row}")
+        until(page, READY)
+        told = page.locator("#view tbody tr td:last-child").all_inner_texts()
+        return [told[at] for at in (2, 3, 5)]  # the sampled ones
+
+    try:
+        first, second = causes(1), causes(2)
+        assert first == ["ratio over 1.28: clipped"] * 3
+        assert second == ["ratio under 0.8: clipped", "", "ratio over 2: cut off by tis_cap"]
+        for told, logprobs, advantage in ((first, [-0.5, -0.5, -0.5], 1.0), (second, [-2.0, -1.0, -0.1], -1.0)):
+            assert [cause != "" for cause in told] == [slope == 0.0 for slope in _gradient(logprobs, advantage)]
+        assert "The loss clips it" in page.inner_text("#ratio")
+        RunFolder(path=folder).write_config(resolved_yaml(load_config(["learner=gspo"])))
+        assert causes(1) == ["", "", ""] and "cannot be told" in page.inner_text("#ratio")
+    finally:
+        server.kill()
+        server.wait(10)
+
+
+def _gradient(logprobs: list[float], advantage: float) -> list[float]:
+    """What the default loss says of tokens that were sampled with a logprob of -1."""
+    taken, rollout = torch.tensor(logprobs, requires_grad=True), torch.full((3,), -1.0)
+    inputs = LossInputs(
+        logprobs=taken,
+        proximal_logprobs=taken.detach(),
+        rollout_logprobs=rollout,
+        entropy=torch.zeros(3),
+        advantages=torch.full((3,), advantage),
+        weights=torch.ones(3),
+        row_of_token=torch.zeros(3, dtype=torch.long),
+        num_rows=1,
+    )
+    clipped(inputs, LossConfig())[0].backward()
+    assert taken.grad is not None
+    return taken.grad.tolist()
+
+
+@pytest.mark.slow
+def test_the_filter_of_a_log_and_the_step_of_the_histograms_are_in_the_address(page, tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    (folder / "logs" / "worker-1.log").write_text("".join(f"line {n}\n" for n in range(30)))
+    server, address = start_server(tmp_path)
+    step = "[aria-label='step of the histograms']"
+    try:
+        page.goto(f"{address}#/run/{RUN}/logs?name=worker-1.log&filter=line+2")
+        until(page, "document.querySelector('pre.log')?.textContent.includes('line 2')")
+        assert page.input_value("[aria-label=filter]") == "line 2"
+        assert page.text_content("pre.log") == "\n".join(f"line {n}" for n in (2, *range(20, 30)))
+        page.fill("[aria-label=filter]", "hello")
+        assert page.evaluate("location.hash").endswith("/logs?name=worker-1.log&filter=hello")
+        page.select_option("#view select", "worker-0.log")
+        until(page, "document.querySelector('pre.log')?.textContent === 'hello from the log'")
+        assert page.evaluate("location.hash").endswith("/logs?name=worker-0.log&filter=hello")
+
+        page.goto(f"{address}#/run/{RUN}/overview?step=2")
+        until(page, "document.querySelector('[data-histogram=length]')?.data !== undefined")
+        assert page.input_value(step) == "2" and "the 2 trajectories of" in page.inner_text("#view")
+        page.fill(step, "3")
+        page.press(step, "Enter")
+        until(page, "document.getElementById('view').textContent.includes('no trained trajectory of')")
+        assert page.evaluate("location.hash").endswith("/overview?step=3")
+        page.reload()
+        until(page, "document.getElementById('view').textContent.includes('no trained trajectory of')")
+        assert page.input_value(step) == "3"
     finally:
         server.kill()
         server.wait(10)
@@ -192,12 +312,12 @@ def _read_one_episode(page, folder: Path, db: sqlite3.Connection, visit: Callabl
 def _watch_a_kill(page, folder: Path, server: subprocess.Popen, address: str) -> subprocess.Popen:
     """A step is shown within 2 s; the server is killed and started anew; no line comes twice. Returns the new one."""
     until(page, "document.getElementById('live').textContent === 'live'")
-    _append_step(folder, 4, 0.875)
+    _append_rows(folder, [_step(4, 0.875)])
     until(page, "document.querySelector(\"[data-metric='reward/mean'] b\").textContent === '0.875'", timeout=2000)
     server.send_signal(signal.SIGKILL)
     server.wait(10)
     until(page, "document.getElementById('live').textContent === 'reconnecting'")
-    _append_step(folder, 5, 0.75)
+    _append_rows(folder, [_step(5, 0.75)])
     server, again = start_server(folder.parent, port=int(address.rsplit(":", 1)[1].strip("/")))
     assert again == address
     until(page, "document.querySelector(\"[data-metric='reward/mean'] b\").textContent === '0.75'", timeout=20_000)
@@ -207,11 +327,10 @@ def _watch_a_kill(page, folder: Path, server: subprocess.Popen, address: str) ->
     return server
 
 
-def _append_step(folder: Path, step: int, reward: float) -> None:
+def _step(step: int, reward: float) -> dict[str, Any]:
+    return {"kind": "step", "step": step, "policy_version": step, "time_s": step * 1.0, "reward/mean": reward}
+
+
+def _append_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write(
-            json.dumps(
-                {"kind": "step", "step": step, "policy_version": step, "time_s": step * 1.0, "reward/mean": reward}
-            )
-            + "\n"
-        )
+        file.writelines(json.dumps(row) + "\n" for row in rows)

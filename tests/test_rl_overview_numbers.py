@@ -38,6 +38,7 @@ from rollout.lineage import STATE_AFTER
 from rollout.renderer import make_renderer
 from rollout.trajectory import TrajectoryGroup
 from rollout.worker import RolloutWorker
+from tests.documentation import DOCS, table_names
 from tests.fakes import ScriptedEngine
 from tests.training import small_config, sometimes_right, train_in_process
 from tests.virtual_time import VirtualLoop, seconds_by
@@ -330,6 +331,7 @@ def _throughput(stored: Stored, step: int) -> dict[str, float]:
     busy_s = stored.busy_s(start_s, end_s)
     return {
         "trainer/tok_s": sum(row["num_sampled_tokens"] for row in rows) / wall_s,
+        "trainer/tokens": sum(row["num_sampled_tokens"] for row in _taught(stored, step)),
         "rollout/episodes_s": len(rows) / wall_s,
         "rollout/busy_s": busy_s,
         "time/rollout_idle_ratio": 1 - busy_s / wall_s,
@@ -340,6 +342,7 @@ def _throughput(stored: Stored, step: int) -> dict[str, float]:
         "time/forward_backward": LEARNER_S,
         "time/sync": spent["sync"],
         "time/checkpoint": spent["checkpoint"],
+        "time/train": spent["train"],
         "time/other": wall_s - spent["wait"] - spent["sync"] - spent["checkpoint"] - LEARNER_S,
         "weight_sync/latency_s": pushes[-1]["end_s"] - pushes[-1]["start_s"] if pushes else 0.0,
     }
@@ -366,6 +369,8 @@ def _episodes(stored: Stored, step: int) -> dict[str, float]:
         "episode/turns/mean": _mean(row["num_turns"] for row in rows),
         "episode/tokens/mean": _mean(row["num_tokens"] for row in rows),
         "tool/calls_mean": calls / len(rows),
+        "tool/offered": _mean(row["meta"]["num_tools"] > 0 for row in rows),
+        "tool/productivity": sum(row["reward"] == 1 for row in rows) / calls if calls else 0.0,
         "tool/error_ratio": sum(row["meta"].get("num_tool_errors", 0) for row in rows) / calls if calls else 0.0,
         "tool/overuse": _mean(row["meta"]["num_tool_calls"] > 0 for row in idle),
         "tool/underuse": _mean(row["meta"]["num_tool_calls"] == 0 and row["reward"] < 1 for row in needing),
@@ -406,6 +411,11 @@ def _is_shown(key: str) -> bool:
 
 
 # --- tests ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_metric_that_the_documentation_names_is_on_the_overview() -> None:
+    names = [re.sub(r"<\w+>", "x", name) for name in table_names(DOCS / "runs.md", "Metrics")]
+    assert [name for name in names if not _is_shown(name)] == [] and len(names) > 60
 
 
 def test_every_number_of_every_step_on_the_overview_follows_from_stored_rows(stored: Stored) -> None:

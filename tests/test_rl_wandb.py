@@ -21,6 +21,7 @@ from rl.step_detail import step_detail
 from rl.tensorboard_export import export_tensorboard
 from rl.wandb_sink import OVERVIEW, RENAMED, wandb_id
 from rollout.trajectory import TrajectoryGroup
+from tests.training import SMALL
 from tests.trajectories import make_group, make_trajectory, random_trajectory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,6 +94,24 @@ def test_after_a_clean_finish_every_scalar_of_ours_is_in_the_wandb_file_and_a_re
     alerts = [record["alert"] for record in first if record["type"] == "alert"]
     assert [(alert["title"], alert["text"]) for alert in alerts] == [("run_failed", "OSError: disk full")]
     assert any(record["type"] == "artifact" for record in first)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_every_scalar_of_a_real_training_is_in_its_wandb_file(tmp_path):
+    words = ["env=tool_gate", "steps=3", "evaluation.every=2", "evaluation.tasks=4", "rollout.max_turn_tokens=8"]
+    words += ["learner.loss.advantage=tests.training:first_is_best", "monitor.wandb=offline", f"run.root={tmp_path}"]
+    own = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    command = [sys.executable, "-m", "rl.cli", "train", *SMALL, *words, "run.name=real"]
+    done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "real"
+    (path,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    scalars = told(folder)
+    assert scalars - logged(inspect(path)) == set()
+    steps = {step for key, step, _ in scalars if key == "reward/mean"}
+    evaluated = {step for key, step, _ in scalars if key == "eval/success"}
+    assert (steps, evaluated) == ({1, 2, 3}, {0, 2, 3}) and len({key for key, _, _ in scalars}) > 60
 
 
 def group_of(rewards: list[float | None], group_id: str = "g") -> TrajectoryGroup:

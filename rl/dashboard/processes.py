@@ -6,7 +6,7 @@ from typing import Any
 from rl.dashboard import database
 from rl.dashboard.folders import NotThere, Refused, confined
 from rl.dashboard.metrics import Cursor, read_new_lines
-from rl.run_folder import RunFolder
+from rl.run_folder import RunFolder, RunFolderError, RunStatus
 
 MAX_LOG_BYTES = 256 * 1024
 TAIL_BYTES = 4 * 2**20
@@ -17,8 +17,11 @@ STATES = {
     "worker_restart_timeout": "lost",
     "worker_restarted": "healthy",
     "worker_retired": "retired",
+    "weights_refused": "stale",
 }
 """Event -> state of its worker from then on."""
+ENDS_WITH_THE_RUN = ("healthy", "stale")
+"""States of a process that is there."""
 
 
 def list_logs(folder: RunFolder) -> list[dict[str, Any]]:
@@ -72,23 +75,40 @@ def workers(folder: RunFolder) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
     for span in last_rows(folder, folder.spans, 20_000):
         name = str(span.get("process"))[:200]
-        known = found.setdefault(name, {"process": name})
-        if isinstance(span.get("end_s"), int | float) and span["end_s"] >= known.get("last_s", -1.0):
-            known |= {"activity": span.get("activity"), "last_s": span["end_s"]}
+        known, end_s = found.setdefault(name, {"process": name}), span.get("end_s")
+        if isinstance(end_s, int | float) and end_s >= known.get("last_s", -1.0):
+            known |= {"activity": span.get("activity"), "last_s": end_s}
+        if isinstance(end_s, int | float) and span.get("activity") == "sync":
+            known["synced_s"] = max(end_s, known.get("synced_s", 0.0))
     for event in last_rows(folder, folder.events, 5_000):
         name = event.get("worker")
         if isinstance(name, str):
             known = found.setdefault(name[:200], {"process": name[:200]})
-            known |= {
-                "event": event.get("kind"),
-                "error": event.get("error") or event.get("cause") or event.get("reason"),
-            }
-            known["state"] = STATES.get(str(event.get("kind")), known.get("state"))
+            told = event.get("error") or event.get("cause") or event.get("reason")
+            known |= {"event": event.get("kind"), "error": told or known.get("error")}  # a restart tells no error
+            known["state"] = _state_after(event, known)
             known["restarts"] = known.get("restarts", 0) + (event.get("kind") == "worker_restarted")
     if folder.trajectories.is_file():
         with database.reading(confined(folder, folder.trajectories)) as db:
             for row in database.worker_rows(db):
                 found.setdefault(row["worker"], {"process": row["worker"]}).update(row)
+    is_running = _is_running(folder)
     for known in found.values():  # who made episodes and never got into trouble
-        known["state"] = known.get("state") or ("healthy" if known.get("episodes") else None)
+        state = known.get("state") or ("healthy" if known.get("episodes") else None)
+        known["state"] = f"was {state}" if state in ENDS_WITH_THE_RUN and not is_running else state
     return {"workers": [found[name] for name in sorted(found)], "episodes_of": database.RECENT}
+
+
+def _state_after(event: dict[str, Any], known: dict[str, Any]) -> str | None:
+    """No event tells that a worker took weights after it refused some: its newest "sync" does."""
+    kind, at_s = str(event.get("kind")), event.get("time_s")
+    if kind == "weights_refused" and isinstance(at_s, int | float) and at_s < known.get("synced_s", 0.0):
+        return "healthy"
+    return STATES.get(kind, known.get("state"))
+
+
+def _is_running(folder: RunFolder) -> bool:
+    try:
+        return folder.state().status == RunStatus.RUNNING
+    except RunFolderError:
+        return False

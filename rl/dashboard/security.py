@@ -9,7 +9,7 @@ import hmac
 import ipaddress
 from dataclasses import dataclass, field
 from http.cookies import CookieError, SimpleCookie
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
@@ -42,10 +42,10 @@ class Access:
     def refusal(self, headers: Headers, path: str) -> str:
         """Why a request is refused, its token aside; "" = it is not."""
         host = headers.get("host", "")
-        if _hostname(f"//{host}") not in (*LOOPBACK, *self.hosts):
+        if _split(f"//{host}").hostname not in (*LOOPBACK, *self.hosts):
             return f"the Host {host[:100]!r} is not this server"
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and _split(origin).netloc.lower() != host.lower():
             return f"the Origin {origin[:100]!r} is another site"
         if path.startswith("/api/") and headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
             return "another site asked"
@@ -112,8 +112,9 @@ def _sent_token(headers: Headers) -> str:
     return morsel.value if morsel else ""
 
 
-def _hostname(address: str) -> str:
+def _split(address: str) -> SplitResult:
+    """Empty for what is no address."""
     try:
-        return urlsplit(address).hostname or ""
+        return urlsplit(address)
     except ValueError:
-        return ""
+        return urlsplit("")

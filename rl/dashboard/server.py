@@ -140,8 +140,7 @@ class Dashboard:
         limit = _whole(query, "limit", 500, 1, 2000)
         answer = self._database(folder, lambda db: database.read_tokens(db, row, offset=offset, limit=limit))
         config = _flat(_yaml(read_text(folder, folder.config, MAX_FILE_BYTES)))
-        clips = {name: config.get(f"learner.{name}") for name in ("clip_low", "clip_high")}
-        return answer | clips | {"text": _token_texts(answer["id"], config)}
+        return answer | _limits_of_ratio(config) | {"text": _token_texts(answer["id"], config)}
 
     def workers(self, folder: RunFolder, _: Mapping[str, str]) -> dict[str, Any]:
         return processes.workers(folder)
@@ -363,6 +362,17 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _limits_of_ratio(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the loss takes a token's gradient away, by its ratio exp(learner - rollout); None where that does not tell.
+
+    Only loss "clipped" around the rollout limits this ratio, and the stored logprobs are of the start of the step: of
+    the weights that were updated only where a step has one update (rl/loss.py).
+    """
+    limits = {name: config.get(f"learner.loss.{name}") for name in ("clip_low", "clip_high", "tis_cap")}
+    loss = (config.get("learner.loss.name"), config.get("learner.loss.anchor"), config.get("learner.updates_per_step"))
+    return limits if loss == ("clipped", "rollout", 1) else dict.fromkeys(limits)
 
 
 def _token_texts(ids: list[int], config: Mapping[str, Any]) -> list[str] | None:

@@ -2,7 +2,7 @@
 
 import { ask } from "./api.js";
 import { drawHeatMaps, drawHistograms } from "./charts.js";
-import { el, fill, num, table, text } from "./dom.js";
+import { el, fill, hash, num, table, text } from "./dom.js";
 
 const SPREADS = [["staleness", "staleness (versions)"], ["ratio", "ratio exp(learner - rollout)"], ["length", "length (tokens)"]];
 
@@ -33,9 +33,10 @@ export function histogramsNode(run, step, signal, drawn) {
     await drawHistograms(nodes, shown.map(([name, words]) => ({ ...found[name], name: words })));
   };
   const later = (asked) => draw(asked).catch((error) => { if (!signal.aborted) fill(title, error.message); });
-  const input = el("input", { size: 5, value: step, "aria-label": "step of the histograms", onchange: () => later(input.value) });
+  const choose = (asked) => { history.replaceState(null, "", hash(["run", run, "overview"], { step: asked })); later(asked); };
+  const input = el("input", { size: 5, value: step, "aria-label": "step of the histograms", onchange: () => choose(input.value) });
   drawn.then(() => later(step));
-  return el("section", {}, el("h2", {}, "One step"), el("p", {}, title, "step ", input), grid, heatMapsNode(run, later, signal, drawn));
+  return el("section", {}, el("h2", {}, "One step"), el("p", {}, title, "step ", input), grid, heatMapsNode(run, choose, signal, drawn));
 }
 
 // The same three over all steps; a click on a column shows its last step above.

@@ -9,7 +9,7 @@ export async function workersView(view, run, query, signal) {
   const { workers, episodes_of: recent } = await ask(["runs", run, "workers"], {}, signal);
   fill(view, el("h1", {}, "Workers"), el("p", { class: "dim" }, `Episodes, tokens and rates are of the newest ${recent} trajectories.`),
     table([["process", (w) => w.process],
-      ["state", (w) => el("span", { class: w.state === "lost" || w.state === "retired" ? "bad" : null }, text(w.state))], ["last did", (w) => text(w.activity)], ["until (s)", (w) => num(w.last_s), true],
+      ["state", (w) => el("span", { class: ["lost", "stale", "retired"].includes(w.state) ? "bad" : null }, text(w.state))], ["last did", (w) => text(w.activity)], ["until (s)", (w) => num(w.last_s), true],
       ["policy version", (w) => num(w.version), true], ["episodes", (w) => num(w.episodes), true], ["tokens", (w) => num(w.tokens), true],
       ["tokens per second of an episode", (w) => num(w.tok_s, 3), true], ["environment errors", (w) => num(w.errors), true],
       ["restarts", (w) => num(w.restarts || 0), true], ["last event", (w) => text(w.event)], ["last error", (w) => text(w.error)]], workers));
@@ -51,7 +51,8 @@ export async function logsView(view, run, query, signal) {
   const name = query.name || (logs.find((log) => log.bytes) || logs[0]).name;
   const page = el("pre", { class: "log" });
   let [all, next] = ["", -1];
-  const words = el("input", { value: query.filter || "", placeholder: "lines with", oninput: () => paint() });
+  const here = (values) => hash(["run", run, "logs"], { name, filter: words.value, ...values });
+  const words = el("input", { value: query.filter || "", placeholder: "lines with", "aria-label": "filter", oninput: () => { history.replaceState(null, "", here()); paint(); } });
   const paint = () => { page.textContent = all.split("\n").filter((line) => line.includes(words.value)).join("\n") || "empty"; };
   const more = async () => {
     const answer = await ask(["runs", run, "logs"], { name, offset: next }, signal);
@@ -59,7 +60,7 @@ export async function logsView(view, run, query, signal) {
     if (answer.text) { all = (all + answer.text).slice(-500000); paint(); page.scrollTop = page.scrollHeight; }
   };
   fill(view, el("h1", {}, "Logs"), el("div", { class: "bar" }, select(logs.map((log) => [log.name, `${log.name} (${log.bytes} bytes)`]), name,
-    (value) => { location.hash = hash(["run", run, "logs"], { name: value }); }), words), page);
+    (value) => { location.hash = here({ name: value }); }), words), page);
   paint();
   await more();
   const timer = setInterval(() => { if (!document.hidden) more().catch(() => {}); }, 2000);
