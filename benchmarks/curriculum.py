@@ -6,8 +6,9 @@ Both sides train the same environment on levels 0..MAX with the same groups, see
 curriculum.sampler differs. The target is fixed before any training: held-out success at level 5 of the warm start (of
 `--final-tasks` problems, in the result before the first step) plus 0.3. Every `--every` steps the policy is evaluated
 on `--tasks` held-out problems of level 5, the same for all; a side has reached the target at the first of two
-evaluations in a row at or above it, and is not trained further. Counted are the groups dispatched until then, dropped
-ones included. A side that never gets there counts with the groups of its whole run, as a lower bound.
+evaluations in a row at or above it, and is not trained further. Counted are the groups that the learner took until
+then and those that were dropped, not those still in flight. A side that never gets there counts with the groups of its
+whole run, as a lower bound.
 
 Each training is a run folder under `--root`; one that is finished is not repeated, one that was cut short goes on, so
 the command can be stopped and started again. The warm start is made with
@@ -96,7 +97,7 @@ def read_curve(folder: Path) -> list[list[float]]:
     return [[step, row["eval/success"], row["eval/n"]] for step, row in sorted(by_step.items())]
 
 
-def dispatched_by_step(folder: Path, groups_per_step: int) -> dict[int, int]:
+def ended_by_step(folder: Path, groups_per_step: int) -> dict[int, int]:
     """Learner step -> groups that it and the steps before took, with those that the gate or a failure dropped."""
     found = {0: 0}
     for row in read_rows(folder, "step"):
@@ -117,7 +118,7 @@ def groups_to(curve: list[list[float]], target: float, groups: dict[int, int]) -
 def measure_side(args: argparse.Namespace, side: str, seed: int) -> dict[str, Any]:
     folder = train(args, side, seed)
     curve = read_curve(folder)
-    groups = dispatched_by_step(folder, groups_per_step(folder))
+    groups = ended_by_step(folder, groups_per_step(folder))
     target = curve[0][1] + GAIN
     reached = groups_to(curve, target, groups)
     return {

@@ -1,6 +1,6 @@
 """How long running a line of untrusted code takes in each kind of sandbox, beside a bare subprocess.
 
-    shoal bench sandbox [--runs 200] [--json]
+    shoal bench sandbox [--runs 200] [--json] [--output FILE]
 
 `start_ms` is the whole of one run as a caller sees it: send `1 + 1`, fork, confine, run, reply, clean up. The jail
 keeps its zygotes, bubblewrap starts anew for every run. `open_ms` is paid once in a process. `subprocess` is
@@ -23,6 +23,7 @@ from benchmarks.machine import describe_machine
 from envs.sandbox import Sandbox, SandboxUnavailable, open_sandbox
 from envs.worker_thread import run_sync
 
+RESULT = Path(__file__).parent / "results" / "sandbox.json"
 KINDS = ("jail", "bwrap", "none")
 BATCH = 32
 _TIMEOUT_S = 60.0
@@ -86,7 +87,8 @@ def measure(runs: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--runs", type=int, default=200, help="of each kind")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--json", action="store_true", help="the result as one JSON object, last line")
+    parser.add_argument("--output", type=Path, default=RESULT)
     words = parser.parse_args()
     figures = measure(words.runs)
     base = figures["subprocess"]["start_ms"]["median"]
@@ -99,6 +101,7 @@ def main() -> None:
         "machine": describe_machine(),
         "paired": True,
     }
+    words.output.write_text(json.dumps(result, indent=2) + "\n")
     if words.json:
         print(json.dumps(result))
         return

@@ -66,8 +66,9 @@ class CurriculumConfig:
     """Which levels and problems training tasks are drawn from. Rules: envs/curriculum.py."""
 
     sampler: str = "fixed"
-    """"fixed" (env.level) | "uniform" (all levels alike) | "levels" (rises with success, from env.level on) | "pool"
-    (pool_size problems of env.level, those drawn most that are neither solved nor hopeless)."""
+    """"fixed" (env.level) | "uniform" (all levels alike) | "levels" (rises with success, from env.level or from where
+    probe finds the policy) | "pool" (pool_size problems of env.level, those drawn most that are neither solved nor
+    hopeless)."""
     min_level: int = 0
     """Lowest level that "uniform" and "levels" draw."""
     max_level: int = 9

@@ -4,9 +4,9 @@ Every kind of isolation runs the same zygote (envs/jail_child.py); they differ i
 whether a zygote may serve a second run. The jail's may: each of its children gives up its own rights. Behind
 bubblewrap or in a container every run gets a zygote of its own, so that nothing can be left behind in the namespaces.
 
-Invariants: at most `slots` runs at once, the rest queue. A zygote that dies, hangs or answers nonsense is killed and
-replaced, and its run is tried once more. Waits: a run waits for a slot, then for a reply until its own `wall_s` plus
-a grace for a loaded machine.
+Invariants: at most `slots` runs at once, the rest queue. A zygote that does not start, dies, hangs or answers nonsense
+is killed and replaced, and its run is tried once more. Waits: a run waits for a slot, then for a reply until its own
+`wall_s` plus a grace for a loaded machine.
 """
 
 import asyncio
@@ -194,7 +194,7 @@ class ZygotePool:
     def __init__(self, launcher: Launcher, slots: int | None = None) -> None:
         self.kind = launcher.kind
         self.num_faults = 0
-        """Zygotes that died or hung under a run."""
+        """Zygotes that did not start, or that died or hung under a run."""
         self._launcher = launcher
         self._slots = min(MAX_SLOTS, max(2, os.cpu_count() or 1)) if slots is None else slots
         self._lock = threading.Lock()
@@ -258,8 +258,9 @@ class ZygotePool:
             "collect": collect,
         }
         for attempt in (1, 2):
-            zygote = self._take()
+            zygote: Zygote | None = None
             try:
+                zygote = self._take()
                 reply = zygote.exchange(request, limits.wall_s + _REPLY_GRACE_S)
                 self._give_back(zygote)
                 return _execution(reply, nonce)
@@ -289,7 +290,10 @@ class ZygotePool:
             self._busy.discard(zygote)
             self._idle.append(zygote)
 
-    def _drop(self, zygote: Zygote) -> None:
+    def _drop(self, zygote: Zygote | None) -> None:
+        """None where it did not even start."""
+        if zygote is None:
+            return
         with self._lock:
             self._busy.discard(zygote)
         zygote.close()

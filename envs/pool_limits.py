@@ -4,10 +4,11 @@ Waits: a step waits here for its turn outside of its author's deadline; the call
 """
 
 import asyncio
+import math
 import os
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,14 +80,22 @@ class LagMeter:
 
     def p99_s(self) -> float:
         """Over the last minute; 0.0 where nothing was measured yet."""
-        late = sorted(self._late_s)
-        return late[int(0.99 * (len(late) - 1))] if late else 0.0
+        return percentile(self._late_s, 99)
 
     async def _run(self) -> None:
         while True:
             due = time.monotonic() + _LAG_PERIOD_S
             await asyncio.sleep(_LAG_PERIOD_S)
             self._late_s.append(time.monotonic() - due)
+
+
+def percentile(values: Iterable[float], percent: int) -> float:
+    """By nearest rank: the smallest value that `percent` (1 to 100) of a hundred do not exceed; 0.0 of none.
+
+    Example: percentile([3.0, 1.0], 99) -> 3.0
+    """
+    ordered = sorted(values)
+    return ordered[math.ceil(percent * len(ordered) / 100) - 1] if ordered else 0.0
 
 
 def resident_mib() -> float:

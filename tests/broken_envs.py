@@ -61,6 +61,14 @@ class Doubling(AgentEnv):
         yield say(replies[0].text)
 
 
+class LeavesAThread(Doubling):
+    """Holds a usual end of its process up for five minutes."""
+
+    def task(self, rng: random.Random, level: int) -> Problem | str:
+        threading.Thread(target=time.sleep, args=(300,)).start()
+        return super().task(rng, level)
+
+
 class OneAtATime(Doubling):
     parallel_calls: ClassVar[bool] = False
 

@@ -1,4 +1,4 @@
-"""One pool as a real Ray actor: episodes, a kill, a restart."""
+"""One pool as a real Ray actor: episodes, a kill, a restart, an end of its own."""
 
 import asyncio
 from collections.abc import Iterator
@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from envs.base import call, say
+from envs.pool_limits import PoolLimits
 from envs.task import Task
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 ROOT = Path(__file__).parent.parent
 
 
@@ -25,8 +26,8 @@ def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ray.shutdown()
 
 
-def task(seed: int) -> Task:
-    return Task(task_id=f"t/{seed}", env_id="Calculator-v0", env_name="e", seed=seed)
+def task(seed: int, env_id: str = "Calculator-v0") -> Task:
+    return Task(task_id=f"t/{seed}", env_id=env_id, env_name="e", seed=seed)
 
 
 def test_a_pool_actor_plays_episodes_and_works_again_after_it_was_killed(ray_cluster: None, tmp_path: Path) -> None:
@@ -37,6 +38,7 @@ def test_a_pool_actor_plays_episodes_and_works_again_after_it_was_killed(ray_clu
     async def scenario() -> None:
         actor = ray.remote(EnvPoolActor).options(max_restarts=-1, num_cpus=1, max_concurrency=1000)
         pool: Any = actor.remote(30.0, 5.0, 5.0, str(tmp_path), "pool-0")
+        await pool.stats.remote()  # it has started, which takes long on a busy machine
         host = PoolClient(pool, step_timeout_s=5.0, reward_timeout_s=5.0)
         opened = await asyncio.gather(*(host.open(str(i), task(i)) for i in range(200)))
         assert [o.failure for o in opened] == [None] * 200
@@ -59,7 +61,50 @@ def test_a_pool_actor_plays_episodes_and_works_again_after_it_was_killed(ray_clu
         assert "broken_envs.py" in failure.traceback
         await host.aclose()
 
-    asyncio.run(asyncio.wait_for(scenario(), 90))
+    asyncio.run(asyncio.wait_for(scenario(), 170))
     log = (tmp_path / "pool-0.log").read_text()
     assert "environment failed (env, reset): KeyError: 'missing shelf'" in log
     assert "this environment prints" in log
+
+
+def test_a_pool_actor_past_its_limit_ends_itself_and_is_started_again_and_no_episode_fails(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    import ray
+
+    from envs.actors import EnvPoolActor, PoolClient
+
+    async def scenario() -> list[int]:
+        actor = ray.remote(EnvPoolActor).options(max_restarts=-1, num_cpus=1, max_concurrency=1000)
+        pool: Any = actor.remote(30.0, 5.0, 5.0, str(tmp_path), "pool-0", PoolLimits(recycle_episodes=3))
+        await pool.stats.remote()  # it has started, which takes long on a busy machine
+        host = PoolClient(pool, step_timeout_s=5.0, reward_timeout_s=5.0)
+        pids: list[int] = []
+
+        async def begin(key: str, env_id: str = "Calculator-v0") -> None:
+            opened = await host.open(key, task(1, env_id))
+            assert opened.failure is None, opened
+            pids.append(int((await pool.stats.remote())["pid"]))
+
+        async def adds(key: str) -> None:
+            stepped = await host.step(key, call("add", a=1, b=2))
+            assert stepped.failure is None, stepped
+            assert stepped.messages[0].text == "3"
+
+        await begin("long", "tests.broken_envs:LeavesAThread")
+        for key in ("a", "b", "c"):
+            await begin(key)
+            await host.close(key)
+        waiting = asyncio.create_task(begin("next"))
+        await asyncio.sleep(1.0)
+        assert not waiting.done()  # the limit is reached, but an episode is still open
+        await adds("long")
+        await host.close("long")
+        await waiting
+        await adds("next")
+        await host.aclose()
+        return pids
+
+    *first, last = asyncio.run(asyncio.wait_for(scenario(), 170))
+    assert len(first) == 4 and set(first) == {first[0]} and last != first[0]
+    assert "recycling this pool: episodes" in (tmp_path / "pool-0.log").read_text()

@@ -14,6 +14,7 @@ from envs.registry import make_env
 pytestmark = [
     pytest.mark.skipif(bool(confinement.missing_features()), reason="this kernel cannot confine"),
     pytest.mark.slow,
+    pytest.mark.sandbox,
 ]
 
 

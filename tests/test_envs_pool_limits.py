@@ -11,9 +11,10 @@ from envs.base import AgentEnv, call
 from envs.call_batching import Mailbox, MailboxServer, Request
 from envs.client import MailboxHost, PoolService
 from envs.pool import EnvPool
-from envs.pool_limits import LagMeter, PoolLimits, TurnTaker
+from envs.pool_limits import LagMeter, PoolLimits, TurnTaker, percentile
 from envs.task import Problem, Task
 from envs.tool import tool
+from envs.worker_thread import WorkerThread
 
 
 class Counting(AgentEnv):
@@ -147,7 +148,26 @@ def test_a_request_held_up_by_a_client_that_is_gone_is_not_run_any_more() -> Non
     assert handled == ["first"]
 
 
+@pytest.mark.parametrize(
+    ("values", "percent", "expected"),
+    [
+        ([], 99, 0.0),
+        ([5.0], 99, 5.0),
+        ([2.0, 1.0], 99, 2.0),
+        ([3.0, 1.0, 2.0], 50, 2.0),
+        (range(1, 101), 99, 99),
+        (range(1, 102), 99, 100),
+        (range(1, 1201), 99, 1188),
+        (range(1, 1201), 100, 1200),
+    ],
+)
+def test_a_percentile_is_a_value_that_so_many_do_not_exceed(values: Any, percent: int, expected: float) -> None:
+    assert percentile(values, percent) == expected
+
+
 def test_a_blocked_tool_runs_on_its_thread_and_the_loop_stays_in_time() -> None:
+    """A loop that a tool blocks is 450 ms late each time; one on a busy machine is now and then."""
+
     async def play() -> float:
         meter = LagMeter()
         meter.start()
@@ -158,7 +178,7 @@ def test_a_blocked_tool_runs_on_its_thread_and_the_loop_stays_in_time() -> None:
         await pool.close_all()
         return meter.p99_s()
 
-    assert asyncio.run(play()) < 0.3
+    assert any(0.0 < asyncio.run(play()) < 0.1 for _ in range(3))
 
 
 class Restarting:
@@ -224,6 +244,35 @@ def test_a_pool_that_waits_for_the_episodes_of_a_lost_client_is_recycled_once(mo
         return len(exits)
 
     assert asyncio.run(play()) == 1
+
+
+@pytest.mark.parametrize("reached", ["memory", "hung threads", ""])
+def test_a_pool_past_its_limit_of_memory_or_of_hung_threads_is_recycled_and_says_which(
+    reached: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("envs.client._LAST_ANSWERS_S", 0.02)
+    hung = WorkerThread.num_abandoned  # of this whole process
+    limits = {
+        "memory": PoolLimits(recycle_mib=1, recycle_threads=0),
+        "hung threads": PoolLimits(recycle_threads=hung + 1),
+        "": PoolLimits(recycle_mib=1 << 20, recycle_threads=hung + 2),
+    }[reached]
+
+    async def play() -> int:
+        exits: list[int] = []
+        service = PoolService(limits=limits, exit_process=lambda: exits.append(1))
+        host = MailboxHost([_line(lambda: service)], retry_s=0.05)
+        doubling = Task(task_id="a", env_id="tests.broken_envs:Doubling", env_name="e", seed=1)
+        assert (await host.open("a", doubling)).failure is None
+        assert "timed out" in (await host.step("a", call("hang"))).messages[0].text
+        await host.close("a")
+        await asyncio.sleep(0.1)
+        await host.aclose()
+        return len(exits)
+
+    assert asyncio.run(play()) == bool(reached)
+    told = [record.message for record in caplog.records if "recycling" in record.message]
+    assert told == ([f"recycling this pool: {reached}"] if reached else [])
 
 
 def test_without_somebody_to_start_it_again_a_pool_is_never_recycled() -> None:

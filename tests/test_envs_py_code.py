@@ -10,10 +10,12 @@ from envs.demonstration import demonstrate
 from envs.library.py_code import PyCode, compose, results
 from envs.message import Message, ToolCall
 from envs.registry import make_env
+from tests.sandbox_attacks import CHEATS
 
 pytestmark = [
     pytest.mark.skipif(bool(confinement.missing_features()), reason="this kernel cannot confine"),
     pytest.mark.slow,
+    pytest.mark.sandbox,
 ]
 
 
@@ -66,54 +68,6 @@ def test_thousands_of_problems_differ(env: PyCode, level: int) -> None:
 )
 def test_guesses_score_nothing(env: PyCode, answer: str, level: int) -> None:
     assert mean_reward(env, answer, level) < 0.2
-
-
-CHEATS = {
-    "leave with status 0": "import sys\nsys.exit(0)",
-    "leave at once": "import os\nos._exit(0)",
-    "leave from the function": "lambda x: __import__('os')._exit(0)",
-    "print a verdict": "print('[1, 1, 1]')\nprint('passed', 'reward 1.0', '{\"tests\": 1.0}')\nf = lambda x: 0",
-    "write a report": """
-import os, sys
-frame = sys._getframe()
-while frame:
-    nonce = frame.f_locals.get("nonce")
-    if nonce: os.write(3, (nonce + '{"shown": "", "data": [[true], [true], [true], [true]]}').encode()); os._exit(0)
-    frame = frame.f_back
-""",
-    "equal to everything": """
-class Any(int):
-    def __eq__(self, other): return True
-    __hash__ = int.__hash__
-f = lambda x: Any(0)
-""",
-    "equal lists": "class L(list):\n    __eq__ = lambda self, other: True\nf = lambda x: L()",
-    "replace json": "import json\njson.dumps = lambda *a, **k: 'true'\njson.load = lambda f: []\nf = lambda x: True",
-    "replace builtins": "import builtins\nbuiltins.open = builtins.eval = builtins.len = lambda *a: True\nf = len",
-    "patch at exit": "import atexit\natexit.register(print, 'passed')\nf = lambda x: None",
-    "read the tests": "import os\nf = lambda x: [open(n).read() for n in os.listdir('.')][0]",
-    "leave files for later": "open('answer.py', 'w').write('f = 1')\nopen('verdict', 'w').write('1')\nf = lambda x: 1",
-    "trace the grader": """
-import sys
-def hook(frame, event, argument):
-    if "results" in frame.f_locals: frame.f_locals["results"][:] = [[True]] * 12
-    return hook
-sys.settrace(hook)
-f = lambda x: True
-""",
-    "search memory": """
-import gc
-def f(x):
-    for found in gc.get_objects():
-        if isinstance(found, dict) and ("outputs" in found and isinstance(found["outputs"], list)):
-            return found["outputs"]
-    raise ValueError
-""",
-    "never end": "while True: pass",
-    "not data": "lambda x: {1, 2}",
-    "not a function": "7",
-    "true for one": "lambda x: True",
-}
 
 
 @pytest.mark.parametrize("name", CHEATS)

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [
     pytest.mark.skipif(bool(confinement.missing_features()), reason="this kernel cannot confine"),
     pytest.mark.slow,
+    pytest.mark.sandbox,
 ]
 
 
@@ -177,6 +179,26 @@ def test_a_killed_zygote_is_replaced_and_its_run_tried_again() -> None:
         for zygote in children() - before:
             os.kill(zygote, signal.SIGKILL)
         assert (run(pool, "1 + 1").value, pool.num_faults) == (2, 1)
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize("failed_starts", [1, 2])
+def test_a_zygote_that_does_not_start_is_tried_once_more(failed_starts: int) -> None:
+    def command(settings: str, folder: Path) -> list[str]:
+        starts.append(folder)
+        return ["/bin/false"] if len(starts) <= failed_starts else working.command(settings, folder)
+
+    starts: list[Path] = []
+    working = launcher_of("jail", "")
+    pool = ZygotePool(replace(working, command=command), slots=1)
+    try:
+        if failed_starts == 1:
+            assert run(pool, "1 + 1").value == 2
+        else:
+            with pytest.raises(SandboxFault, match="ended"):
+                run(pool, "1 + 1")
+        assert (len(starts), pool.num_faults) == (2, failed_starts)
     finally:
         pool.close()
 

@@ -5,6 +5,7 @@ import asyncio
 import dataclasses
 import json
 import random
+import shlex
 from contextlib import closing
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks.curriculum import compare, groups_to, is_settled
+from conf.loading import load_config
 from conf.schema import CurriculumConfig, TrainConfig
 from envs.curriculum import Curriculum, Outcome
 from envs.outcome import EnvHost
@@ -109,8 +111,9 @@ def test_where_nothing_differs_refilling_ends_and_the_run_goes_on(tmp_path: Path
 
 
 def test_the_frontier_rises_during_training_and_is_told_by_the_metrics(tmp_path: Path) -> None:
-    words = ("curriculum=levels", "curriculum.window=3", "curriculum.promote=0.3", "curriculum.max_level=2", "steps=12")
-    run = train_in_process(small_config(tmp_path, *words, LOOSE), build=scripted_worker)
+    words = ("curriculum=levels", "curriculum.probe=0", "curriculum.window=3", "curriculum.promote=0.3")
+    words += ("curriculum.max_level=2", "steps=12", LOOSE)
+    run = train_in_process(small_config(tmp_path, *words), build=scripted_worker)
     frontiers = [row["curriculum/calculator/frontier"] for row in steps_of(run)]
     assert frontiers == sorted(frontiers) and frontiers[-1] == 2
     last = steps_of(run)[-1]
@@ -135,6 +138,15 @@ def test_held_out_tasks_are_of_the_levels_that_training_draws_or_of_the_one_aske
 
 
 # --- the benchmark
+
+
+def test_the_levels_that_were_measured_are_the_levels_that_are_shipped() -> None:
+    result = json.loads((Path(__file__).parent.parent / "benchmarks" / "results" / "curriculum.json").read_text())
+    for figures in result["figures"].values():
+        words = shlex.split(figures["command"])
+        measured = words[words.index("--levels") + 1].split()
+        shipped = load_config(["curriculum=levels"]).curriculum
+        assert load_config(["curriculum=levels", *measured]).curriculum == shipped
 
 
 def test_groups_are_counted_to_the_first_of_two_evaluations_at_the_target() -> None:
