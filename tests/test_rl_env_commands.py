@@ -52,10 +52,10 @@ def test_a_check_prints_a_table_and_an_episode_and_ends_with_0(capsys):
 
 
 def test_a_failed_check_ends_with_1_and_its_last_line_is_json(capsys):
-    words = ("check", "tests.check_fixtures:PaysNan", "--levels", "0", "--seeds", "2", "--json")
+    words = ("check", "tests.checker_envs:PaysNan", "--levels", "0", "--seeds", "2", "--json")
     code, out, _ = run(capsys, *words)
     found = json.loads(out.splitlines()[-1])
-    assert code == 1 and found["id"] == "tests.check_fixtures:PaysNan" and found["passed"] is False
+    assert code == 1 and found["id"] == "tests.checker_envs:PaysNan" and found["passed"] is False
     assert [name for name, passed in found["probes"].items() if not passed] == ["garbage"]
     assert found["failures"]["garbage"]["level"] == 0
 
@@ -129,7 +129,7 @@ def test_a_new_environment_checks_green_by_its_own_test(capsys, tmp_path):
 
 @pytest.mark.slow
 def test_the_plugin_fails_a_test_with_the_report(tmp_path):
-    code = 'def test_it(shoal_env_check):\n    shoal_env_check("tests.check_fixtures:PaysNan", levels=(0,), seeds=2)\n'
+    code = 'def test_it(shoal_env_check):\n    shoal_env_check("tests.checker_envs:PaysNan", levels=(0,), seeds=2)\n'
     (tmp_path / "test_it.py").write_text(code)
     done = child(tmp_path, "pytest", "-q", "-p", "rl.pytest_plugin")
     assert done.returncode == 1 and "garbage: answering 'nan' scores 1.00" in done.stdout
