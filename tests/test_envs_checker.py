@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.checker import check_environment, default_levels
+from envs.errors import MalformedEnvironment
 from envs.message import ToolSpec
 from envs.pay_probes import _chance
 from envs.registry import BUILT_IN
@@ -46,6 +47,20 @@ def test_a_broken_environment_fails_its_own_probe_and_no_other(owner, probe):
 def test_a_built_in_environment_passes_at_two_seeds_of_its_lowest_middle_and_highest_level(env_id):
     report = check(env_id, num_seeds=2)
     assert report.passed, report_text(report)
+
+
+@pytest.mark.slow
+def test_an_environment_is_checked_with_the_arguments_that_it_is_given():
+    report = check("ApiDesk-v0", levels=(0,), num_seeds=2, kwargs={"http": True})
+    assert report.passed, report_text(report)
+    with pytest.raises(MalformedEnvironment, match="'htpp'; its arguments are: http"):
+        check("ApiDesk-v0", levels=(0,), num_seeds=2, kwargs={"htpp": True})
+
+
+@pytest.mark.slow
+def test_blind_calls_and_guesses_are_tried_on_all_the_seeds_that_were_asked_for():
+    report = check("tests.checker_envs:PaysLate", levels=(0,), num_seeds=20)
+    assert set(report.failures) == {"always_call", "guess"}, report_text(report)
 
 
 @pytest.mark.slow

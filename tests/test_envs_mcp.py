@@ -245,6 +245,8 @@ def test_two_functions_and_a_server_are_an_environment() -> None:
         return float(answer == "tea")
 
     Notes = from_mcp(make_server, hidden=["start", "die"], task=ask, reward=judge)
+    assert Notes.__module__ == __name__
+    assert from_mcp(make_server, task=ask, oracle=CopyNote.oracle).__module__ == "tests.mcp_envs"  # the last one's
     env = Notes()
     env.reset(seed=0)
     assert env.step("tea")[1] == 1.0
@@ -345,3 +347,5 @@ def test_what_cannot_be_served_is_refused() -> None:
         serve_mcp("Calculator-v0", transport="carrier pigeon")
     with pytest.raises(MalformedEnvironment, match="its tool 'submit' is called like one of the server's own"):
         McpEnvServer("tests.small_envs:Submits")
+    with pytest.raises(MalformedEnvironment, match="'htpp'; its arguments are: http"):
+        McpEnvServer("ApiDesk-v0", {"htpp": True})

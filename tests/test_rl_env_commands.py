@@ -60,6 +60,15 @@ def test_a_failed_check_ends_with_1_and_its_last_line_is_json(capsys):
     assert found["failures"]["garbage"]["level"] == 0
 
 
+def test_a_check_with_arguments_names_them_in_the_command_that_shows_a_failure_again(capsys):
+    words = ("check", "tests.small_envs:RewardOf", "--levels", "0", "--seeds", "2", "--kwargs", '{"kind": "list"}')
+    code, out, _ = run(capsys, *words)
+    assert (
+        code == 1
+        and """shoal env play tests.small_envs:RewardOf --seed 0 --level 0 --kwargs '{"kind": "list"}'""" in out
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -68,6 +77,16 @@ def test_a_failed_check_ends_with_1_and_its_last_line_is_json(capsys):
         (["check", "Calculator-v0", "--levels", "low"], "--levels"),
         (["check", "Calculator-v0", "--seeds", "1"], "2 or more"),
         (["check"], "ID"),
+        (
+            ["check", "ApiDesk-v0", "--kwargs", "{http: true}"],
+            "a JSON object, such as '{\"max_turns\": 4}'; got '{http",
+        ),
+        (["play", "ApiDesk-v0", "--kwargs", "[1]"], "a JSON object"),
+        (["serve", "ApiDesk-v0", "--as", "mcp", "--kwargs", "7"], "a JSON object"),
+        (["check", "ApiDesk-v0", "--kwargs", '{"htpp": true}'], "its arguments are: http"),
+        (["play", "ApiDesk-v0", "--kwargs", '{"htpp": true}'], "its arguments are: http"),
+        (["serve", "ApiDesk-v0", "--as", "mcp", "--kwargs", '{"htpp": true}'], "its arguments are: http"),
+        (["serve", "ApiDesk-v0", "--as", "openenv", "--kwargs", '{"htpp": true}'], "its arguments are: http"),
         (["play", "Calculator-v0", "--level", "12"], "0..9"),
         (["new", "My-Shop"], "cannot be the name of a module"),
         (["new", "json"], "cannot be the name of a module"),
@@ -96,6 +115,12 @@ def test_what_begins_like_a_call_can_be_said_and_the_end_of_input_leaves_the_gam
     assert "ended: reward 0" in run(capsys, "play", "Calculator-v0")[1]
     typed(monkeypatch, "add 1 2")
     assert "left before the end" in run(capsys, "play", "Calculator-v0")[1]
+
+
+def test_an_environment_is_played_with_the_arguments_that_it_is_given_and_so_is_its_oracle(capsys, monkeypatch):
+    typed(monkeypatch, ":oracle", "login 1", "finish a 10")
+    _, out, _ = run(capsys, "play", "ApiDesk-v0", "--kwargs", '{"max_turns": 2, "http": true}')
+    assert "at most 2 messages" in out and "[call login(" in out and "the turn limit ended it" in out
 
 
 def test_a_picture_is_saved_and_its_path_is_shown(capsys, monkeypatch):
