@@ -53,8 +53,8 @@ def test_a_built_in_environment_passes_at_two_seeds_of_its_lowest_middle_and_hig
 def test_an_environment_is_checked_with_the_arguments_that_it_is_given():
     report = check("ApiDesk-v0", levels=(0,), num_seeds=2, kwargs={"http": True})
     assert report.passed, report_text(report)
-    with pytest.raises(MalformedEnvironment, match="'htpp'; its arguments are: http"):
-        check("ApiDesk-v0", levels=(0,), num_seeds=2, kwargs={"htpp": True})
+    with pytest.raises(MalformedEnvironment, match="'turns'; its arguments are: max_turns"):
+        check("Calculator-v0", num_seeds=2, kwargs={"turns": 2})
 
 
 @pytest.mark.slow

@@ -347,5 +347,5 @@ def test_what_cannot_be_served_is_refused() -> None:
         serve_mcp("Calculator-v0", transport="carrier pigeon")
     with pytest.raises(MalformedEnvironment, match="its tool 'submit' is called like one of the server's own"):
         McpEnvServer("tests.small_envs:Submits")
-    with pytest.raises(MalformedEnvironment, match="'htpp'; its arguments are: http"):
-        McpEnvServer("ApiDesk-v0", {"htpp": True})
+    with pytest.raises(MalformedEnvironment, match="'turns'; its arguments are: max_turns"):
+        McpEnvServer("Calculator-v0", {"turns": 2})
