@@ -23,6 +23,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import gymnasium
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.machine import describe_machine
 from envs.adapters.gymnasium_env import from_gymnasium
@@ -33,7 +35,8 @@ from envs.base import AgentEnv, Oracle, call, say
 RESULT = Path(__file__).parent / "results" / "adapters.json"
 SEED = 3
 ID_TIMEOUT_S = 30.0
-TOY_TEXT = ("Taxi-v4", "FrozenLake-v1", "CliffWalking-v1", "CliffWalkingSlippery-v1", "Blackjack-v1")
+TOY_TEXT = "gymnasium.envs.toy_text."
+"""Where gymnasium keeps its worlds of text."""
 PACKAGES = {
     "gymnasium": "gymnasium",
     "minigrid": "minigrid",
@@ -45,10 +48,8 @@ PACKAGES = {
 def listed(source: str) -> list[str]:
     """Ids as the package itself lists them: of gymnasium those of toy text, of TextArena the plain "-v0" games."""
     if source == "gymnasium":
-        return list(TOY_TEXT)
+        return sorted(i for i, spec in gymnasium.registry.items() if str(spec.entry_point).startswith(TOY_TEXT))
     if source == "minigrid":
-        import gymnasium
-
         importlib.import_module("minigrid")
         return sorted(f"minigrid:{name}" for name in gymnasium.registry if name.startswith(("MiniGrid-", "BabyAI-")))
     if source == "reasoning-gym":

@@ -45,6 +45,8 @@ class CheckReport:
     """What all probes found, in their order."""
 
     env_id: str
+    kwargs: Mapping[str, Any]
+    """What the constructor was given."""
     results: tuple[ProbeResult, ...]
     sample: Episode
     """One episode of the oracle."""
@@ -124,4 +126,4 @@ async def _check(subject: Subject, probes: tuple[Probe, ...]) -> CheckReport:
     sample = Episode(seed=0, level=subject.levels[0])
     if hung is None:
         sample = await subject.oracle_episode(subject.seeds[0], subject.levels[0])
-    return CheckReport(env_id=subject.env_id, results=tuple(results), sample=sample)
+    return CheckReport(env_id=subject.env_id, kwargs=subject.kwargs, results=tuple(results), sample=sample)

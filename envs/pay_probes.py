@@ -6,7 +6,7 @@ per level: a level that pays guessers is a level that teaches guessing.
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 
 from envs.base import AgentEnv
@@ -36,7 +36,7 @@ _SHOWN_CHARS = 60
 
 
 async def null(subject: Subject) -> Failure | None:
-    return await _paid(subject, "saying nothing", always_say(""), subject.seeds)
+    return await _paid(subject, "saying nothing", always_say(""))
 
 
 async def garbage(subject: Subject) -> Failure | None:
@@ -46,7 +46,7 @@ async def garbage(subject: Subject) -> Failure | None:
 
 
 async def repeat(subject: Subject) -> Failure | None:
-    return await _paid(subject, "repeating the prompt", repeat_prompt, subject.seeds)
+    return await _paid(subject, "repeating the prompt", repeat_prompt)
 
 
 async def always_call_probe(subject: Subject) -> Failure | None:
@@ -55,14 +55,12 @@ async def always_call_probe(subject: Subject) -> Failure | None:
     named = {f"calling {name} again and again": always_call(name) for name in names}
     if names:
         named["calling every tool in turn"] = always_call(None)
-    return await _first_paid(subject, named, num_seeds=SAMPLED)
+    return await _first_paid(subject, named)
 
 
 async def guess(subject: Subject) -> Failure | None:
     """The usual short answers, and at each level the oracle's most frequent one."""
-    found = await _first_paid(
-        subject, {f"always answering {text!r}": always_say(text) for text in GUESSES}, num_seeds=SAMPLED
-    )
+    found = await _first_paid(subject, {f"always answering {text!r}": always_say(text) for text in GUESSES})
     if found is not None:
         return found
     for level in subject.levels:
@@ -119,17 +117,17 @@ async def gold_hidden(subject: Subject) -> Failure | None:
 # --- pay ------------------------------------------------------------------------------------------------------------
 
 
-async def _first_paid(subject: Subject, named: dict[str, Policy], *, num_seeds: int | None = None) -> Failure | None:
+async def _first_paid(subject: Subject, named: dict[str, Policy]) -> Failure | None:
     for name, policy in named.items():
-        found = await _paid(subject, name, policy, subject.seeds[:num_seeds])
+        found = await _paid(subject, name, policy)
         if found is not None:
             return found
     return None
 
 
-async def _paid(subject: Subject, name: str, policy: Policy, seeds: Iterable[int]) -> Failure | None:
+async def _paid(subject: Subject, name: str, policy: Policy) -> Failure | None:
     for level in subject.levels:
-        if _mean([await subject.play(policy, seed, level) for seed in seeds]) >= LIMIT:
+        if _mean([await subject.play(policy, seed, level) for seed in subject.seeds]) >= LIMIT:
             found = await _confirmed(subject, name, policy, level)
             if found is not None:
                 return found

@@ -78,17 +78,22 @@ def environment_facts(env_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 def construct(env_id: str, owner: type[AgentEnv], kwargs: Mapping[str, Any]) -> AgentEnv:
     """Call the constructor, and give the instance a gymnasium spec whose entry point is text."""
-    try:
-        inspect.signature(owner).bind(**kwargs)
-    except TypeError as error:
-        known = ", ".join(inspect.signature(owner).parameters)
-        raise MalformedEnvironment(f"{env_id}: {error}; its arguments are: {known}") from None
+    check_arguments(env_id, owner, kwargs)
     env = owner(**kwargs)
     gym_id = env_id.split(":")[-1]
     if gym_id not in gymnasium.registry and re.fullmatch(r"[\w.-]+-v\d+", gym_id):
         gymnasium.register(gym_id, entry_point=f"{owner.__module__}:{owner.__qualname__}")
     env.spec = gymnasium.registry.get(gym_id)
     return env
+
+
+def check_arguments(env_id: str, owner: type[AgentEnv], kwargs: Mapping[str, Any]) -> None:
+    """Raise MalformedEnvironment, saying which there are, unless the constructor takes these arguments."""
+    try:
+        inspect.signature(owner).bind(**kwargs)
+    except TypeError as error:
+        known = ", ".join(inspect.signature(owner).parameters)
+        raise MalformedEnvironment(f"{env_id}: {error}; its arguments are: {known}") from None
 
 
 def check_class(env_id: str, owner: object) -> None:

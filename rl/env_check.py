@@ -1,7 +1,9 @@
 """`shoal env check`: the checker's probes, one more that needs a renderer, and the report for people and as JSON."""
 
 import json
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -87,9 +89,11 @@ CONTROL_TEXT = Probe(
 )
 
 
-def check(env_id: str, *, levels: tuple[int, ...] = (), num_seeds: int = 20) -> CheckReport:
-    """All probes; raises what `envs.checker.check_environment` raises."""
-    return check_environment(env_id, levels=levels, num_seeds=num_seeds, more_probes=(CONTROL_TEXT,))
+def check(
+    env_id: str, *, levels: tuple[int, ...] = (), num_seeds: int = 20, kwargs: Mapping[str, Any] | None = None
+) -> CheckReport:
+    """All probes; takes and raises what `envs.checker.check_environment` does."""
+    return check_environment(env_id, levels=levels, num_seeds=num_seeds, kwargs=kwargs, more_probes=(CONTROL_TEXT,))
 
 
 def report_text(report: CheckReport, *, transcript: bool = True) -> str:
@@ -107,10 +111,12 @@ def print_report(console: Console, report: CheckReport, *, transcript: bool = Tr
         verdict = Text("FAILED", style="bold red") if result.failure else Text("ok", style="green")
         table.add_row(result.probe.name, result.probe.promise, verdict, f"{result.seconds:.1f}")
     console.print(table)
+    given = f" --kwargs {shlex.quote(json.dumps(dict(report.kwargs)))}" if report.kwargs else ""
     for name, failure in report.failures.items():
         console.print(Text(f"\n{name}: {visible(failure.seen)}", style="red"))
         if failure.seed is not None:
-            console.print(Text(f"  shoal env play {report.env_id} --seed {failure.seed} --level {failure.level}"))
+            task = f"--seed {failure.seed} --level {failure.level}"
+            console.print(Text(f"  shoal env play {report.env_id} {task}{given}"))
     if transcript:
         console.print(Text(f"\nthe oracle at seed {report.sample.seed}, level {report.sample.level}:"))
         messages = report.sample.messages
@@ -123,9 +129,9 @@ def print_report(console: Console, report: CheckReport, *, transcript: bool = Tr
     console.print(Text(f"\n{report.env_id}: {verdict}", style="bold"))
 
 
-def main(env_id: str, *, levels: tuple[int, ...], num_seeds: int, as_json: bool) -> int:
+def main(env_id: str, *, levels: tuple[int, ...], num_seeds: int, kwargs: Mapping[str, Any], as_json: bool) -> int:
     """Check, print, and return the exit code."""
-    report = check(env_id, levels=levels, num_seeds=num_seeds)
+    report = check(env_id, levels=levels, num_seeds=num_seeds, kwargs=kwargs)
     if as_json:
         probes = {result.probe.name: result.failure is None for result in report.results}
         seen = {name: {"seed": f.seed, "level": f.level, "seen": f.seen} for name, f in report.failures.items()}

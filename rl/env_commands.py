@@ -4,6 +4,7 @@ import json
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import Any
 
 from rl.command import Command, CommandTable
 from rl.usage import UsageError
@@ -40,10 +41,27 @@ def _id_argument(parser: ArgumentParser) -> None:
     parser.add_argument("id", metavar="ID", help=ID_HELP)
 
 
+def _kwargs_argument(parser: ArgumentParser) -> None:
+    parser.add_argument("--kwargs", default="{}", metavar="JSON", help="what its constructor is given: a JSON object")
+
+
+def _kwargs(args: Namespace) -> dict[str, Any]:
+    """Raises UsageError for what is no JSON object."""
+    hint = f"""--kwargs takes a JSON object, such as '{{"max_turns": 4}}'; got {args.kwargs!r}"""
+    try:
+        found = json.loads(args.kwargs)
+    except ValueError as error:
+        raise UsageError(f"{hint}: {error}") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{hint}, which is none")
+    return found
+
+
 def _check_arguments(parser: ArgumentParser) -> None:
     _id_argument(parser)
     parser.add_argument("--levels", type=_levels, default=(), metavar="0,5,9", help="default: lowest, middle, highest")
     parser.add_argument("--seeds", type=int, default=20, metavar="N", help="problems of each level (default: 20)")
+    _kwargs_argument(parser)
     json_argument(parser)
 
 
@@ -54,24 +72,26 @@ def _levels(text: str) -> tuple[int, ...]:
 def _check(args: Namespace) -> int:
     from envs.registry import find_class
 
+    kwargs = _kwargs(args)
     highest = find_class(args.id).levels - 1
     if args.seeds < 2 or not all(0 <= level <= highest for level in args.levels):
         raise UsageError(f"--levels of {args.id} are 0 to {highest}, --seeds 2 or more")
     from rl.env_check import main
 
-    return main(args.id, levels=args.levels, num_seeds=args.seeds, as_json=args.json)
+    return main(args.id, levels=args.levels, num_seeds=args.seeds, kwargs=kwargs, as_json=args.json)
 
 
 def _play_arguments(parser: ArgumentParser) -> None:
     _id_argument(parser)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="which problem (default: 0)")
     parser.add_argument("--level", type=int, default=0, metavar="N", help="how hard (default: 0)")
+    _kwargs_argument(parser)
 
 
 def _play(args: Namespace) -> int:
     from rl.env_play import play
 
-    return play(args.id, seed=args.seed, level=args.level)
+    return play(args.id, kwargs=_kwargs(args), seed=args.seed, level=args.level)
 
 
 def _new_arguments(parser: ArgumentParser) -> None:
@@ -90,12 +110,13 @@ def _serve_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--as", dest="protocol", choices=sorted(_SERVERS), required=True, help="what clients speak")
     parser.add_argument("--transport", choices=("stdio", "http"), default="stdio", help="of mcp (default: stdio)")
     parser.add_argument("--port", type=int, default=0, metavar="N", help="on the loopback interface (default: free)")
+    _kwargs_argument(parser)
 
 
 def _serve_mcp(args: Namespace) -> int:
     from envs.adapters.mcp_server import serve_mcp
 
-    serve_mcp(args.id, transport=args.transport, port=args.port)
+    serve_mcp(args.id, transport=args.transport, port=args.port, kwargs=_kwargs(args))
     return 0
 
 
@@ -105,7 +126,7 @@ def _serve_openenv(args: Namespace) -> int:
     def say_where(port: int) -> None:
         print(f"{args.id} is served at http://127.0.0.1:{port}", file=sys.stderr, flush=True)
 
-    serve_openenv(args.id, "127.0.0.1", args.port, on_ready=say_where)
+    serve_openenv(args.id, "127.0.0.1", args.port, kwargs=_kwargs(args), on_ready=say_where)
     return 0
 
 
@@ -140,7 +161,8 @@ ENV_COMMANDS = CommandTable(
         ),
         "check": Command(
             summary="look for what makes an environment teach the wrong thing, or fail in a long run",
-            examples="  shoal env check my_shop:MyShop\n  shoal env check ShopDB-v0 --levels 0,5,9 --seeds 20 --json",
+            examples="  shoal env check my_shop:MyShop\n  shoal env check ShopDB-v0 --levels 0,5,9 --seeds 20 --json\n"
+            "  shoal env check ApiDesk-v0 --kwargs '{\"http\": true}'",
             arguments=_check_arguments,
             run=_check,
         ),

@@ -2,7 +2,7 @@
 
 import shlex
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ class Game:
 
     env: AgentEnv
     env_id: str
+    kwargs: Mapping[str, Any]
+    """What the constructor was given."""
     seed: int
     level: int
     tools: tuple[ToolSpec, ...] = ()
@@ -62,7 +64,7 @@ class Game:
 
     def hint(self) -> str:
         if not self.planned:
-            twin = make_env(self.env_id)
+            twin = make_env(self.env_id, **self.kwargs)
             try:
                 messages = demonstrate(twin, self.seed, self.level).messages
             finally:
@@ -112,12 +114,12 @@ def _arguments(spec: ToolSpec, text: str) -> dict[str, Any]:
     return arguments
 
 
-def play(env_id: str, *, seed: int, level: int) -> int:
+def play(env_id: str, *, kwargs: Mapping[str, Any], seed: int, level: int) -> int:
     """Play one episode by lines of standard input, to its end, ":quit" or the end of the input."""
-    env = make_env(env_id)
+    env = make_env(env_id, **kwargs)
     if not 0 <= level < env.levels:
         raise UsageError(f"level {level} of {env_id} is not in 0..{env.levels - 1}")
-    game = Game(env=env, env_id=env_id, seed=seed, level=level)
+    game = Game(env=env, env_id=env_id, kwargs=kwargs, seed=seed, level=level)
     try:
         print(f"{env_id}, seed {seed}, level {level}; at most {env.max_turns} messages; :help tells how to play")
         game.show(game.start())

@@ -55,10 +55,10 @@ def test_a_pool_actor_plays_episodes_and_works_again_after_it_was_killed(ray_clu
             await asyncio.sleep(0.2)
         assert reopened.failure is None
         assert reopened.problem_digest == opened[1].problem_digest
-        broken = Task(task_id="b", env_id="tests.broken_envs:RaisesInTask", env_name="e", seed=1)
+        broken = Task(task_id="b", env_id="tests.small_envs:RaisesInTask", env_name="e", seed=1)
         failure = (await host.open("b", broken)).failure
         assert failure is not None
-        assert "broken_envs.py" in failure.traceback
+        assert "small_envs.py" in failure.traceback
         await host.aclose()
 
     asyncio.run(asyncio.wait_for(scenario(), 170))

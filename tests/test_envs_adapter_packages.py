@@ -1,5 +1,7 @@
 """Adapters to packages that run in our own process, each against the real package."""
 
+import asyncio
+import json
 import random
 import subprocess
 import sys
@@ -14,15 +16,30 @@ from envs.adapters.reasoning_gym_env import ReasoningGymEnv, from_reasoning_gym
 from envs.adapters.textarena_env import from_textarena, random_move
 from envs.adapters.trl_env import from_trl, trl_environment_factory, trl_rows
 from envs.base import AgentEnv, call
+from envs.curriculum import TaskEntry
 from envs.demonstration import demonstrate
 from envs.errors import MalformedEnvironment
 from envs.message import ImagePart
+from envs.pool import EnvPool
 from envs.registry import make_env
+from envs.task_source import held_out_tasks
+from rl.cli import main
+from rollout.recorder import TrajectoryReader
+from tests.documentation import DOCS, blocks, commands, shoal_words
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 Taxi = from_gymnasium("Taxi-v4")
+ADAPTER = "envs.adapters.{}_env:{}Env"
+
+
+def stubborn_move(shown: str, rng: random.Random) -> str:
+    """A fixed opponent, by chance of its own."""
+    return random_move(shown, random.Random(0))
+
+
+Noughts = from_textarena("TicTacToe-v0", opponent=stubborn_move)
 
 
 class CounterEnv:
@@ -153,6 +170,44 @@ def test_games_are_played_against_random_scripted_and_fixed_opponents() -> None:
     assert (reward, terminated) == (1.0, True)
 
 
+def test_a_problem_has_the_same_digest_in_a_new_process_though_its_opponent_is_a_function() -> None:
+    pytest.importorskip("textarena", reason="extra 'textarena'")
+    code = f"from {__name__} import Noughts; print(Noughts().reset(seed=3)[1]['problem_digest'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.split()[-1] == Noughts().reset(seed=3)[1]["problem_digest"]
+    others = [from_textarena("TicTacToe-v0", opponent=opponent)() for opponent in ("random", random_move, ["[0]"])]
+    assert len({env.reset(seed=3)[1]["problem_digest"] for env in (*others, Noughts())}) == 4
+
+
+@pytest.mark.parametrize(
+    ("package", "id"),
+    [("Gymnasium", id) for id in ("FrozenLake-v1", "Taxi-v4", "CliffWalking-v1")] + [("TextArena", "TicTacToe-v0")],
+)
+def test_a_world_has_as_many_held_out_problems_as_a_training_asks_for(package: str, id: str) -> None:
+    """Chance after the opening comes from the seed, too: problems of one opening are told apart by it."""
+    pytest.importorskip(package.lower(), reason=f"extra '{package.lower()}'")
+    env_id = ADAPTER.format(package.lower(), package)
+    entry = TaskEntry(name="world", env_id=env_id, weight=1.0, level=0, kwargs={"id": id})
+    found = asyncio.run(held_out_tasks((entry,), EnvPool(), count=1000, seed=0))
+    assert len(found) == 1000
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(("name", "module"), [("FrozenLake-v1", "gymnasium"), ("chain_sum", "reasoning_gym")])
+def test_a_training_that_the_documentation_shows_runs(name: str, module: str, tmp_path: Path) -> None:
+    pytest.importorskip(module)
+    shown = [command for block in blocks(DOCS / "adapters.md") for command in commands(block) if name in command]
+    (words,) = [shoal_words(command) for command in shown if command.startswith("shoal train")]
+    assert main([*words, "cluster=inprocess", "experiment=smoke", f"run.root={tmp_path}"]) == 0
+    summary = json.loads((tmp_path / "latest" / "summary.json").read_text())
+    assert summary["n"] == 8 and summary["held_out_overlap"] == 0
+    with TrajectoryReader(tmp_path / "latest" / "trajectories.db") as reader:
+        rows = reader.list(limit=1000)
+    assert len(rows) >= 24 + 8 and all(row["error"] is None and row["num_sampled_tokens"] > 0 for row in rows)
+
+
 def test_games_do_not_touch_the_chance_of_others() -> None:
     pytest.importorskip("textarena", reason="extra 'textarena'")
     random.seed(1)
@@ -184,6 +239,30 @@ def test_an_environment_becomes_a_trl_factory() -> None:
     tool = env.add if "+" in text else env.sub if "-" in text else env.mul
     assert env.submit(tool(a=left, b=right)) == "done"
     assert env.get_reward() == 1.0
+
+
+def test_images_reach_trl_as_its_blocks() -> None:
+    pytest.importorskip("PIL", reason="extra 'images'")
+    env: Any = trl_environment_factory("ChartQA-v0")()
+    opening, zoomed = env.reset(seed=0), env.zoom(x=10, y=10)
+    assert [block["type"] for block in opening] == ["image", "text"] and opening[1]["text"]
+    assert [block["type"] for block in zoomed] == ["image"]
+    assert opening[0]["image"].size == zoomed[0]["image"].size and opening[0]["image"] != zoomed[0]["image"]
+    assert env.submit("no idea") == "done"
+    pytest.importorskip("trl", reason="extra 'trl'")
+    from trl.data_utils import prepare_multimodal_messages
+
+    messages = [{"role": "user", "content": opening}, {"role": "tool", "name": "zoom", "content": zoomed}]
+    assert prepare_multimodal_messages(messages) == messages
+
+
+def test_a_trl_environment_that_shows_more_than_text_is_refused() -> None:
+    class Pictures(CounterEnv):
+        def reset(self, seed: int = 0, **row: Any) -> Any:
+            return [{"type": "image", "image": None}]
+
+    with pytest.raises(MalformedEnvironment, match=r"Pictures.reset\(\) returned list, not text"):
+        from_trl(Pictures)().reset(seed=0)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from envs.errors import BadReward, InfraFault
 from envs.message import Message, ToolCall
 from envs.registry import make_env
 from envs.tool import tool
-from tests.broken_envs import (
+from tests.small_envs import (
     Asks,
     Chatty,
     Doubling,
@@ -36,7 +36,7 @@ def calls(*pairs: tuple[str, dict]) -> Message:
     return Message.assistant(calls=[ToolCall(name=n, arguments=a, call_id=str(i)) for i, (n, a) in enumerate(pairs)])
 
 
-@pytest.mark.parametrize("env_id", ["Calculator-v0", "ToolGate-v0", "ShopDB-v0", "tests.broken_envs:Doubling"])
+@pytest.mark.parametrize("env_id", ["Calculator-v0", "ToolGate-v0", "ShopDB-v0", "tests.small_envs:Doubling"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_gymnasium_accepts_the_environments(env_id: str) -> None:
     check_env(make_env(env_id), skip_render_check=True)

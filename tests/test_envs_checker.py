@@ -8,36 +8,37 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.checker import check_environment, default_levels
+from envs.errors import MalformedEnvironment
 from envs.message import ToolSpec
 from envs.pay_probes import _chance
 from envs.registry import BUILT_IN
 from envs.scripted_policies import leaves, made_arguments, readings, words_of
 from envs.subject import Start, Subject
 from rl.env_check import check, report_text
-from tests.check_fixtures import BROKEN
+from tests.checker_envs import BROKEN
 
 
 def test_an_environment_that_keeps_its_promises_passes_and_leaves_the_process_alone():
     state = random.getstate()
-    report = check("tests.check_fixtures:Vault", num_seeds=5)
+    report = check("tests.checker_envs:Vault", num_seeds=5)
     assert report.passed, report_text(report)
     assert random.getstate() == state
     assert report.sample.reward == 1.0 and len(report.results) == 19
 
 
 def test_a_failure_names_the_seed_and_the_level_where_it_is_seen_again():
-    report = check("tests.check_fixtures:HalfSolved", num_seeds=4)
+    report = check("tests.checker_envs:HalfSolved", num_seeds=4)
     failure = report.failures["oracle"]
     assert (failure.seed, failure.level) == (0, 1) and not report.passed
-    assert "shoal env play tests.check_fixtures:HalfSolved --seed 0 --level 1" in report_text(report)
-    episode = asyncio.run(Subject("tests.check_fixtures:HalfSolved", levels=(1,), num_seeds=2).oracle_episode(0, 1))
+    assert "shoal env play tests.checker_envs:HalfSolved --seed 0 --level 1" in report_text(report)
+    episode = asyncio.run(Subject("tests.checker_envs:HalfSolved", levels=(1,), num_seeds=2).oracle_episode(0, 1))
     assert episode.reward == 0.0 and episode.answer == "1"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("owner", "probe"), BROKEN.items(), ids=lambda value: getattr(value, "__name__", value))
 def test_a_broken_environment_fails_its_own_probe_and_no_other(owner, probe):
-    report = check(f"tests.check_fixtures:{owner.__name__}", num_seeds=5)
+    report = check(f"tests.checker_envs:{owner.__name__}", num_seeds=5)
     assert set(report.failures) == {probe}, report_text(report)
 
 
@@ -49,17 +50,31 @@ def test_a_built_in_environment_passes_at_two_seeds_of_its_lowest_middle_and_hig
 
 
 @pytest.mark.slow
+def test_an_environment_is_checked_with_the_arguments_that_it_is_given():
+    report = check("ApiDesk-v0", levels=(0,), num_seeds=2, kwargs={"http": True})
+    assert report.passed, report_text(report)
+    with pytest.raises(MalformedEnvironment, match="'turns'; its arguments are: max_turns"):
+        check("Calculator-v0", num_seeds=2, kwargs={"turns": 2})
+
+
+@pytest.mark.slow
+def test_blind_calls_and_guesses_are_tried_on_all_the_seeds_that_were_asked_for():
+    report = check("tests.checker_envs:PaysLate", levels=(0,), num_seeds=20)
+    assert set(report.failures) == {"always_call", "guess"}, report_text(report)
+
+
+@pytest.mark.slow
 def test_an_environment_that_hangs_ends_the_check_and_is_told_of():
-    report = check_environment("tests.check_fixtures:Hangs", levels=(0,), num_seeds=2)
+    report = check_environment("tests.checker_envs:Hangs", levels=(0,), num_seeds=2)
     assert "did not come back" in report.failures["oracle"].seen
     assert all("not run" in failure.seen for name, failure in report.failures.items() if name != "oracle")
 
 
 def test_levels_that_an_environment_does_not_have_are_refused():
     with pytest.raises(ValueError, match="levels 0 to 1"):
-        check_environment("tests.check_fixtures:Vault", levels=(0, 2), num_seeds=3)
+        check_environment("tests.checker_envs:Vault", levels=(0, 2), num_seeds=3)
     assert default_levels("Calculator-v0") == (0, 5, 9)
-    assert default_levels("tests.check_fixtures:Vault") == (0, 1)
+    assert default_levels("tests.checker_envs:Vault") == (0, 1)
 
 
 def test_arguments_are_made_to_fit_a_schema_and_enumerations_are_tried_in_turn():

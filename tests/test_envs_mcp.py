@@ -245,6 +245,8 @@ def test_two_functions_and_a_server_are_an_environment() -> None:
         return float(answer == "tea")
 
     Notes = from_mcp(make_server, hidden=["start", "die"], task=ask, reward=judge)
+    assert Notes.__module__ == __name__
+    assert from_mcp(make_server, task=ask, oracle=CopyNote.oracle).__module__ == "tests.mcp_envs"  # the last one's
     env = Notes()
     env.reset(seed=0)
     assert env.step("tea")[1] == 1.0
@@ -327,7 +329,7 @@ def test_an_exported_environment_taken_in_again_is_the_same(calculator_url: str)
 
 def test_a_session_that_ends_closes_its_environment_and_failures_are_told() -> None:
     async def scenario() -> None:
-        served = McpEnvServer("tests.broken_envs:RewardOf", {"kind": "nan"})
+        served = McpEnvServer("tests.small_envs:RewardOf", {"kind": "nan"})
         async with Client(served.server, mode="legacy") as client:
             await client.call_tool("reset", {"seed": 1})
             assert served._pool.stats["open"] == 1
@@ -344,4 +346,6 @@ def test_what_cannot_be_served_is_refused() -> None:
     with pytest.raises(ValueError, match="'carrier pigeon' is not one of stdio, http"):
         serve_mcp("Calculator-v0", transport="carrier pigeon")
     with pytest.raises(MalformedEnvironment, match="its tool 'submit' is called like one of the server's own"):
-        McpEnvServer("tests.broken_envs:Submits")
+        McpEnvServer("tests.small_envs:Submits")
+    with pytest.raises(MalformedEnvironment, match="'turns'; its arguments are: max_turns"):
+        McpEnvServer("Calculator-v0", {"turns": 2})

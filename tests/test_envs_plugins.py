@@ -1,5 +1,6 @@
 """Environments of a user's own package, without editing Shoal: by entry point and by import path."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from rollout.recorder import TrajectoryReader
+
 ROOT = Path(__file__).parent.parent
-README_ENV = '''
+EGGS = '''
 from envs.base import AgentEnv, call, say
 from envs.tool import tool
 
@@ -54,7 +57,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (source / "egg_envs").mkdir()
     (source / "pyproject.toml").write_text(PROJECT)
     (source / "egg_envs" / "__init__.py").write_text("")
-    (source / "egg_envs" / "eggs.py").write_text(README_ENV)
+    (source / "egg_envs" / "eggs.py").write_text(EGGS)
     words = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--disable-pip-version-check"]
     done = subprocess.run([*words, "--target", target, source], capture_output=True, text=True, timeout=100)
     if "hatchling" in done.stderr and done.returncode:
@@ -63,11 +66,11 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def run(code: str, installed: Path, timeout: float = 60) -> str:
-    words = [sys.executable, "-c", code]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{installed}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stderr
+def python(*words: str, site: Path, timeout: float = 60) -> str:
+    """What a new interpreter prints, for which the packages in `site` are installed."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{site}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
@@ -76,27 +79,19 @@ def test_an_installed_package_is_listed_made_and_solved_in_a_fresh_process(insta
     code = "from envs.registry import list_envs, make_env; from envs.demonstration import demonstrate\n"
     code += "assert 'Eggs-v0' in list_envs()\n"
     code += "for id in ('Eggs-v0', 'egg_envs.eggs:Eggs'): print(demonstrate(make_env(id), seed=1, level=0).reward)"
-    assert run(code, installed).split() == ["1.0", "1.0"]
+    assert python("-c", code, site=installed).split() == ["1.0", "1.0"]
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_ray_workers_find_an_installed_package(installed: Path) -> None:
-    code = """
-import ray
-ray.init(num_cpus=1, include_dashboard=False, logging_level="error")
-
-@ray.remote
-def solve(env_id):
-    from envs.demonstration import demonstrate
-    from envs.registry import make_env
-    return demonstrate(make_env(env_id), seed=1, level=0).reward
-
-print(ray.get([solve.remote("Eggs-v0"), solve.remote("egg_envs.eggs:Eggs")], timeout=60))
-ray.shutdown()
-"""
-    assert "[1.0, 1.0]" in run(code, installed, timeout=110)
-
-
-def test_the_environment_has_at_most_20_lines() -> None:
-    assert len([line for line in README_ENV.splitlines() if line.strip()]) <= 20
+@pytest.mark.timeout(240)
+def test_a_training_on_ray_finds_an_installed_package_by_its_entry_point(installed: Path, tmp_path: Path) -> None:
+    """The pool of environments is an actor in a process of its own: it resolves the id itself."""
+    words = ["env=Eggs-v0", "policy.init=random", "experiment=smoke", "cluster=ray", f"run.root={tmp_path}"]
+    python("-m", "rl.cli", "train", *words, site=installed, timeout=220)
+    run = tmp_path / "latest"
+    assert json.loads((run / "summary.json").read_text())["n"] == 8
+    with TrajectoryReader(run / "trajectories.db") as reader:
+        rows = list(reader.each({"env_id": "Eggs-v0"}))
+    assert len(rows) >= 24 + 8 and [row.trajectory.error for row in rows if row.trajectory.error] == []
+    assert all(row.trajectory.prompt[0].text.startswith("eggs in ") for row in rows)

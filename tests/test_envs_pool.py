@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def task(env_id: str, seed: int = 1, level: int = 0, **kwargs: Any) -> Task:
-    env_id = env_id if env_id.endswith("-v0") else f"tests.broken_envs:{env_id}"
+    env_id = env_id if env_id.endswith("-v0") else f"tests.small_envs:{env_id}"
     return Task(task_id=f"{env_id}/{seed}", env_id=env_id, env_name="e", seed=seed, level=level, kwargs=kwargs)
 
 
@@ -84,7 +84,7 @@ def test_an_episode_gives_outcomes_with_cumulative_facts() -> None:
         ("HangsInTask", {}, "reset", "timed out after 0.1 s"),
         ("ExitsInTask", {}, "reset", "SystemExit: 3"),
         ("NoTask", {}, "construct", "NoTask defines no task"),
-        ("Nothing", {}, "construct", "no environment 'tests.broken_envs:Nothing'"),
+        ("Nothing", {}, "construct", "no environment 'tests.small_envs:Nothing'"),
         ("Doubling", {"color": "red"}, "construct", "unexpected keyword argument 'color'"),
     ],
 )
@@ -139,7 +139,7 @@ def test_the_authors_traceback_is_kept_without_our_frames() -> None:
         failure = (await pool().open("a", task("RaisesInTask"))).failure
         assert failure is not None
         assert 'str({}["missing shelf"])' in failure.traceback
-        assert "broken_envs.py" in failure.traceback
+        assert "small_envs.py" in failure.traceback
         assert "worker_thread.py" not in failure.traceback
         assert "base.py" not in failure.traceback
 

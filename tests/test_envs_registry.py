@@ -10,7 +10,7 @@ import pytest
 from envs.errors import MalformedEnvironment, UnknownEnvironment
 from envs.library.calculator import Calculator
 from envs.registry import environment_facts, list_envs, make_env
-from tests.broken_envs import Doubling
+from tests.small_envs import Doubling
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,7 +25,7 @@ def test_built_in_ids_are_listed_and_made() -> None:
 
 
 def test_ids_may_name_a_class_in_a_module_or_a_registered_id_in_a_module(tmp_path: Path) -> None:
-    assert isinstance(make_env("tests.broken_envs:Doubling"), Doubling)
+    assert isinstance(make_env("tests.small_envs:Doubling"), Doubling)
     (tmp_path / "my_shop.py").write_text(
         "import gymnasium\nfrom envs.library.shop_db import ShopDB as Shop\n"
         "gymnasium.register('MyShop-v0', entry_point='my_shop:Shop')\n"
@@ -56,7 +56,7 @@ def test_an_unknown_id_names_the_nearest_and_the_list() -> None:
     with pytest.raises(UnknownEnvironment, match=r"there is no module 'no_such_shop'"):
         make_env("no_such_shop:Shop")
     with pytest.raises(UnknownEnvironment, match=r"has no 'Doublin'; did you mean 'Doubling'"):
-        make_env("tests.broken_envs:Doublin")
+        make_env("tests.small_envs:Doublin")
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_an_unknown_id_names_the_nearest_and_the_list() -> None:
 )
 def test_a_malformed_class_gives_one_clear_error(name: str, text: str) -> None:
     with pytest.raises(MalformedEnvironment, match=text):
-        make_env(f"tests.broken_envs:{name}")
+        make_env(f"tests.small_envs:{name}")
 
 
 def test_unknown_constructor_arguments_name_the_known_ones() -> None:
@@ -92,7 +92,7 @@ def test_a_module_that_fails_to_import_is_malformed_and_keeps_the_cause(tmp_path
 
 
 def test_an_id_registered_by_hand_works_and_is_not_taken_over() -> None:
-    gymnasium.register("HandMade-v0", entry_point="tests.broken_envs:Doubling")
+    gymnasium.register("HandMade-v0", entry_point="tests.small_envs:Doubling")
     try:
         assert isinstance(make_env("HandMade-v0"), Doubling)
     finally:
@@ -100,7 +100,7 @@ def test_an_id_registered_by_hand_works_and_is_not_taken_over() -> None:
 
 
 def test_facts_for_the_manifest_name_class_version_and_source() -> None:
-    facts = environment_facts(["Calculator-v0", "tests.broken_envs:Doubling"])
+    facts = environment_facts(["Calculator-v0", "tests.small_envs:Doubling"])
     assert facts["Calculator-v0"]["class"] == "envs.library.calculator:Calculator"
     assert facts["Calculator-v0"]["version"] == 0
     assert {len(row["sha256"]) for row in facts.values()} == {64}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from envs.errors import BadArguments, MalformedEnvironment
 from envs.message import ImagePart, ToolSpec
 from envs.tool import Tool, as_content, cut_middle, tool, tools_of_class
-from tests.broken_envs import Doubling, UntypedTool
+from tests.small_envs import Doubling, UntypedTool
 
 
 def search(query: str, limit: int = 5, tags: list[str] | None = None, mode: Literal["any", "all"] = "any") -> str:

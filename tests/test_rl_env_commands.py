@@ -52,12 +52,21 @@ def test_a_check_prints_a_table_and_an_episode_and_ends_with_0(capsys):
 
 
 def test_a_failed_check_ends_with_1_and_its_last_line_is_json(capsys):
-    words = ("check", "tests.check_fixtures:PaysNan", "--levels", "0", "--seeds", "2", "--json")
+    words = ("check", "tests.checker_envs:PaysNan", "--levels", "0", "--seeds", "2", "--json")
     code, out, _ = run(capsys, *words)
     found = json.loads(out.splitlines()[-1])
-    assert code == 1 and found["id"] == "tests.check_fixtures:PaysNan" and found["passed"] is False
+    assert code == 1 and found["id"] == "tests.checker_envs:PaysNan" and found["passed"] is False
     assert [name for name, passed in found["probes"].items() if not passed] == ["garbage"]
     assert found["failures"]["garbage"]["level"] == 0
+
+
+def test_a_check_with_arguments_names_them_in_the_command_that_shows_a_failure_again(capsys):
+    words = ("check", "tests.small_envs:RewardOf", "--levels", "0", "--seeds", "2", "--kwargs", '{"kind": "list"}')
+    code, out, _ = run(capsys, *words)
+    assert (
+        code == 1
+        and """shoal env play tests.small_envs:RewardOf --seed 0 --level 0 --kwargs '{"kind": "list"}'""" in out
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,6 +77,16 @@ def test_a_failed_check_ends_with_1_and_its_last_line_is_json(capsys):
         (["check", "Calculator-v0", "--levels", "low"], "--levels"),
         (["check", "Calculator-v0", "--seeds", "1"], "2 or more"),
         (["check"], "ID"),
+        (
+            ["check", "ApiDesk-v0", "--kwargs", "{http: true}"],
+            "a JSON object, such as '{\"max_turns\": 4}'; got '{http",
+        ),
+        (["play", "ApiDesk-v0", "--kwargs", "[1]"], "a JSON object"),
+        (["serve", "ApiDesk-v0", "--as", "mcp", "--kwargs", "7"], "a JSON object"),
+        (["check", "Calculator-v0", "--kwargs", '{"turns": 2}'], "its arguments are: max_turns"),
+        (["play", "Calculator-v0", "--kwargs", '{"turns": 2}'], "its arguments are: max_turns"),
+        (["serve", "Calculator-v0", "--as", "mcp", "--kwargs", '{"turns": 2}'], "its arguments are: max_turns"),
+        (["serve", "Calculator-v0", "--as", "openenv", "--kwargs", '{"turns": 2}'], "its arguments are: max_turns"),
         (["play", "Calculator-v0", "--level", "12"], "0..9"),
         (["new", "My-Shop"], "cannot be the name of a module"),
         (["new", "json"], "cannot be the name of a module"),
@@ -96,6 +115,12 @@ def test_what_begins_like_a_call_can_be_said_and_the_end_of_input_leaves_the_gam
     assert "ended: reward 0" in run(capsys, "play", "Calculator-v0")[1]
     typed(monkeypatch, "add 1 2")
     assert "left before the end" in run(capsys, "play", "Calculator-v0")[1]
+
+
+def test_an_environment_is_played_with_the_arguments_that_it_is_given_and_so_is_its_oracle(capsys, monkeypatch):
+    typed(monkeypatch, ":oracle", "login 1", "finish a 10")
+    _, out, _ = run(capsys, "play", "ApiDesk-v0", "--kwargs", '{"max_turns": 2, "http": true}')
+    assert "at most 2 messages" in out and "[call login(" in out and "the turn limit ended it" in out
 
 
 def test_a_picture_is_saved_and_its_path_is_shown(capsys, monkeypatch):
@@ -129,7 +154,7 @@ def test_a_new_environment_checks_green_by_its_own_test(capsys, tmp_path):
 
 @pytest.mark.slow
 def test_the_plugin_fails_a_test_with_the_report(tmp_path):
-    code = 'def test_it(shoal_env_check):\n    shoal_env_check("tests.check_fixtures:PaysNan", levels=(0,), seeds=2)\n'
+    code = 'def test_it(shoal_env_check):\n    shoal_env_check("tests.checker_envs:PaysNan", levels=(0,), seeds=2)\n'
     (tmp_path / "test_it.py").write_text(code)
     done = child(tmp_path, "pytest", "-q", "-p", "rl.pytest_plugin")
     assert done.returncode == 1 and "garbage: answering 'nan' scores 1.00" in done.stdout

@@ -30,7 +30,9 @@ from envs.tool import Tool
 NAMES_OF_ACTIONS: Mapping[str, tuple[str, ...]] = {
     "Taxi": ("south", "north", "east", "west", "pickup", "dropoff"),
     "FrozenLake": ("left", "down", "right", "up"),
+    "FrozenLake8x8": ("left", "down", "right", "up"),
     "CliffWalking": ("up", "right", "down", "left"),
+    "CliffWalkingSlippery": ("up", "right", "down", "left"),
     "Blackjack": ("stick", "hit"),
 }
 """By the name of an id without its version, for environments that do not name their actions themselves."""
@@ -116,8 +118,9 @@ class GymnasiumEnv(WorldEnv):
         return "call act"
 
     def hidden_state(self) -> str:
-        """Settings that the first picture need not show."""
-        return json.dumps([self._spec.id, self._kwargs, self._level_kwargs[self.level :][:1]], default=str)
+        """Settings that the first picture need not show, and the seed: where a lake slips is drawn from it too."""
+        settings = [self._spec.id, self._kwargs, self._level_kwargs[self.level :][:1]]
+        return json.dumps([*settings, self.seed], default=str)
 
     def close(self) -> None:
         if self.env is not None:

@@ -114,10 +114,11 @@ def from_mcp(
     Example: Notes = from_mcp(["python", "notes.py"], task=ask_for_a_note, reward=is_right)
     """
     given = {"task": task, "reward": reward, "oracle": oracle}
-    members: dict[str, Any] = {name: function for name, function in given.items() if function is not None}
-    for function in members.values():
-        members = {**members, "__module__": function.__module__}
-    return type("McpTools", (McpEnv,), {**members, "servers": servers, "hidden": frozenset(hidden)})
+    functions = {name: function for name, function in given.items() if function is not None}
+    members: dict[str, Any] = {**functions, "servers": servers, "hidden": frozenset(hidden)}
+    if functions:  # it belongs to their module; where they are of several, to that of the last in the order above
+        members["__module__"] = list(functions.values())[-1].__module__
+    return type("McpTools", (McpEnv,), members)
 
 
 def _spec(listed: "ListedTool") -> ToolSpec:

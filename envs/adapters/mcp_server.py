@@ -22,7 +22,7 @@ from envs.errors import BadArguments, MalformedEnvironment
 from envs.message import ImagePart, Message, TextPart, ToolCall, ToolSpec
 from envs.outcome import EnvFailure, StepOutcome
 from envs.pool import EnvPool
-from envs.registry import find_class
+from envs.registry import check_arguments, find_class
 from envs.task import Task
 from envs.tool import Tool, tools_of_class
 
@@ -68,6 +68,7 @@ class McpEnvServer:
         owner = find_class(env_id)
         self._env_id = env_id
         self._kwargs = dict(kwargs or {})
+        check_arguments(env_id, owner, self._kwargs)
         self._class_tools = tuple(found.spec for found in tools_of_class(owner))
         _refuse_clashes(env_id, self._class_tools)
         self._pool = EnvPool()

@@ -21,7 +21,7 @@ from envs.errors import BadArguments
 from envs.message import ImagePart, Message, ToolSpec
 from envs.outcome import StepOutcome
 from envs.pool import EnvPool
-from envs.registry import find_class
+from envs.registry import check_arguments, find_class
 from envs.task import Task
 from envs.tool import Tool
 
@@ -50,7 +50,7 @@ def serve_openenv(
 
     Raises UnknownEnvironment, MalformedEnvironment, MissingExtra, and OSError where the port is taken.
     """
-    find_class(env_id)
+    check_arguments(env_id, find_class(env_id), kwargs or {})
     asyncio.run(_serve(OpenEnvServer(env_id, kwargs or {}), host, port, on_ready))
 
 

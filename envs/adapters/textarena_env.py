@@ -6,6 +6,7 @@ player give 0 to 1).
 """
 
 import importlib
+import inspect
 import json
 import random
 import re
@@ -70,7 +71,7 @@ class TextArenaEnv(WorldEnv):
             raise MalformedEnvironment(f"textarena has no {id!r}")
         self._id, self._seat_wanted, self._players_wanted = id, seat, num_players
         self._move_of = _as_opponent(opponent)
-        self._opponent_name = opponent if isinstance(opponent, str) else repr(opponent)
+        self._opponent_name = _name_of(opponent)
 
     def task(self, rng: random.Random, level: int) -> Problem:
         self._chance_state = random.Random(rng.getrandbits(64)).getstate()
@@ -95,9 +96,10 @@ class TextArenaEnv(WorldEnv):
         return {"outcome": float((rewards or {}).get(self._seat, 0.0))}
 
     def hidden_state(self) -> str:
-        """The deal and who plays against the policy. Texts of games show less than their state."""
+        """The deal, who plays against the policy, and the seed: an opponent's moves are drawn from it too. Texts of
+        games show less than their state."""
         state = getattr(self._game.state, "game_state", None)
-        facts = [self._id, self._opponent_name, self._seat, state]
+        facts = [self._id, self._opponent_name, self._seat, state, self.seed]
         return json.dumps(facts, skipkeys=True, default=lambda value: type(value).__name__)
 
     # --- parts ---
@@ -173,6 +175,16 @@ def _as_opponent(opponent: Opponent | Sequence[str] | str) -> Opponent:
             raise ValueError(f"opponent={opponent!r} is neither 'random' nor a function 'module:name'")
         return cast(Opponent, found)
     return _Script(opponent)
+
+
+def _name_of(opponent: Opponent | Sequence[str] | str) -> str:
+    """The same in every process, as the repr of a function is not."""
+    if isinstance(opponent, str):
+        return opponent
+    if not callable(opponent):
+        return json.dumps(list(opponent))
+    named = opponent if inspect.isroutine(opponent) else type(opponent)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 class _Script:

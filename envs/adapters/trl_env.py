@@ -5,24 +5,28 @@ methods with types (the tools) and `get_reward() -> float`.
 
 Out: `GRPOTrainer(environment_factory=trl_environment_factory("Calculator-v0"), ...)`. TRL never hands the last text to
 the environment, so the answer is a tool too: `submit`. Rows of the dataset may carry `seed` and `level`; the members of
-a group share a row and therefore the problem, so give every row a seed (`trl_rows`).
+a group share a row and therefore the problem, so give every row a seed (`trl_rows`). Images go out as TRL's blocks.
 """
 
 import importlib
 import inspect
+import io
 import json
 import random
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
 
+from envs.adapters.extra import load_extra
 from envs.adapters.preset import preset
 from envs.base import AgentEnv, call, say
 from envs.errors import MalformedEnvironment
-from envs.message import Message, ToolSpec
+from envs.message import ContentPart, ImagePart, Message, TextPart, ToolSpec
 from envs.registry import make_env
 from envs.task import Problem
 from envs.tool import Tool
 
+Content = str | list[dict[str, Any]]
+"""What TRL shows a policy: text; or blocks, {"type": "text", "text": str} and {"type": "image", "image": PIL's}."""
 NOT_TOOLS = ("reset", "get_reward")
 _TYPES: Mapping[str, type] = {
     "string": str,
@@ -70,6 +74,10 @@ class TrlEnv(AgentEnv):
     def task(self, rng: random.Random, level: int) -> Problem:
         row = self._default_row(rng, level) if self._row is None else dict(self._row(rng, level))
         shown = self._inner.reset(**row)
+        if not isinstance(shown, str | None):
+            raise MalformedEnvironment(
+                f"{type(self._inner).__name__}.reset() returned {type(shown).__name__}, not text"
+            )
         self._first_text = f"{row.get('prompt', self._prompt)}{shown or ''}"
         return Problem(prompt=self._first_text or "Use the tools.")
 
@@ -129,11 +137,11 @@ class _Exported:
         self._env = make_env(self._env_id, **self._kwargs)
         self._reward: float | None = None
 
-    def reset(self, seed: int | None = None, level: int | None = None, **row: Any) -> str:
+    def reset(self, seed: int | None = None, level: int | None = None, **row: Any) -> Content:
         """Start an episode; returns the problem."""
         self._reward = None
         opening, _ = self._env.reset(seed=seed, options={"level": self._level if level is None else level})
-        return "\n".join(message.text for message in opening)
+        return _content(opening)
 
     def submit(self, answer: str) -> str:
         """Give the final answer.
@@ -141,7 +149,7 @@ class _Exported:
         Args:
             answer: The answer.
         """
-        return self._stepped(say(str(answer)))
+        return cast(str, self._stepped(say(str(answer))))  # images, too: a type here is what a model reads in a schema
 
     def get_reward(self) -> float:
         """The reward; an episode without `submit` is scored as it stands."""
@@ -151,21 +159,35 @@ class _Exported:
             self._reward = sum(run_sync(self._env.score(), self._env.reward_timeout_s).values())
         return self._reward
 
-    def _stepped(self, message: Message) -> str:
+    def _stepped(self, message: Message) -> Content:
         if self._reward is not None:
             return "error: the episode is over"
         replies, reward, terminated, truncated, _ = self._env.step(message)
         if terminated or truncated:
             self._reward = reward
-        return "\n".join(reply.text for reply in replies) or "done"
+        return _content(replies) or "done"
 
 
-def _method(spec: ToolSpec) -> Callable[..., str]:
+def _content(messages: tuple[Message, ...]) -> Content:
+    """Text where there is no image. Raises MissingExtra where there is one and no Pillow."""
+    parts = [part for message in messages for part in message.content if part != TextPart(text="")]
+    if not any(isinstance(part, ImagePart) for part in parts):
+        return "\n".join(message.text for message in messages)
+    return [_block(part) for part in parts]
+
+
+def _block(part: ContentPart) -> dict[str, Any]:
+    if isinstance(part, TextPart):
+        return {"type": "text", "text": part.text}
+    return {"type": "image", "image": load_extra("PIL.Image", "images").open(io.BytesIO(part.data))}
+
+
+def _method(spec: ToolSpec) -> Callable[..., Content]:
     """A method whose signature and docstring TRL turns back into the tool's schema."""
     properties = spec.parameters.get("properties", {})
     required = spec.parameters.get("required", [])
 
-    def method(self: _Exported, **arguments: Any) -> str:
+    def method(self: _Exported, **arguments: Any) -> Content:
         return self._stepped(call(spec.name, **arguments))
 
     parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]

@@ -1,4 +1,7 @@
-"""Environments for tests: small, and each broken in its own way. Named "tests.broken_envs:Class"."""
+"""Small environments for tests of the contract, the pool and the registry: good ones, and faults of authors.
+
+Named "tests.small_envs:Class". Those that the checker is tried on are in tests/checker_envs.py.
+"""
 
 import asyncio
 import math

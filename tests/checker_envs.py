@@ -313,6 +313,14 @@ BROKEN: dict[type[AgentEnv], str] = {
 """Environment -> the one probe that must fail."""
 
 
+class PaysLate(Vault):
+    """Half a point for trying often and for one guess, in none of the first five tasks."""
+
+    def reward(self, answer: str) -> Any:
+        cheap = self.seed >= 5 and (answer == "yes" or self._calls.total() > 2)
+        return 1.0 if answer == self.gold else 0.5 * cheap
+
+
 class Hangs(Vault):
     """Never comes back."""
 
