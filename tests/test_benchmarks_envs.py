@@ -54,7 +54,7 @@ def test_the_check_of_built_in_environments_writes_what_it_prints(
 
 def test_a_failed_check_is_written_and_ends_the_benchmark_with_1(tmp_path: Path) -> None:
     output = tmp_path / "env_check.json"
-    words = ["--only", "tests.broken_envs:Asks", "--seeds", "2", "--output", str(output)]
+    words = ["--only", "tests.small_envs:Asks", "--seeds", "2", "--output", str(output)]
     assert run_benchmark("env_check", words) == 1
     (found,) = json.loads(output.read_text())["figures"]["environments"].values()
     assert found["passed"] is False and found["failures"]["null"]["seen"]

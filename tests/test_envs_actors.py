@@ -91,7 +91,7 @@ def test_a_pool_actor_past_its_limit_ends_itself_and_is_started_again_and_no_epi
             assert stepped.failure is None, stepped
             assert stepped.messages[0].text == "3"
 
-        await begin("long", "tests.broken_envs:LeavesAThread")
+        await begin("long", "tests.small_envs:LeavesAThread")
         for key in ("a", "b", "c"):
             await begin(key)
             await host.close(key)
