@@ -186,7 +186,8 @@ VLLM_FIXED = {
     "logprobs_mode": "the learner computes logprobs of one kind",
     "quantization": "weights that change while they load cannot be compared with the snapshot",
     "skip_tokenizer_init": "engines know tokens alone",
-    "speculative_config": "an MTP layer or a draft model proposes, which the learner does not train: stale at once",
+    "speculative_config": "an MTP layer or a draft model is not trained, so stale at once; n-gram lookup, which needs "
+    "no weights, fails in vLLM 0.32's CPU build with these models and was not run on GPUs",
     "worker_extension_cls": "weights and routes pass through Shoal's own",
 }
 """Argument of vLLM's -> why nothing may change it."""

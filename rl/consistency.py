@@ -7,7 +7,7 @@ learner's weights rounded as the engine's are.
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -17,6 +17,7 @@ from conf.loading import load_config
 from conf.schema import TrainConfig
 from envs.task_source import held_out_tasks
 from policy.checkpoint_io import load_numpy_tensors
+from policy.vllm_packages import vllm_build
 from policy.weight_store import PolicySnapshot
 from rl.batch import pack
 from rl.cluster import build_pool
@@ -176,6 +177,7 @@ def report_text(report: Report) -> str:
     for gap in report.gaps:
         verdict = "" if not gap.judged else "  ok" if gap.max <= report.bound else "  FAIL"
         lines.append(f"{gap.name:<{width}}  {gap.mean:>9.2g}  {gap.max:>9.2g}  {gap.tokens:>7}{verdict}")
+    lines += _remarks(report)
     if report.ok:
         lines.append(f"within the bound of {report.bound:g}: training starts")
     else:
@@ -184,3 +186,12 @@ def report_text(report: Report) -> str:
             "set learner.self_check_tolerance"
         )
     return "\n".join(lines)
+
+
+def _remarks(report: Report) -> Iterator[str]:
+    """What the rows do not say of themselves."""
+    if not all(gap.judged for gap in report.gaps):
+        yield "rows without a verdict are for comparison: training replays routes, and its learner is not rounded"
+    routes = any(gap.name.endswith("routes replayed") for gap in report.gaps)
+    if routes and report.engine == "vllm" and vllm_build() == "gpu":
+        yield "on GPUs the prefix cache is on in every row: vLLM returns no routes of experts without it"

@@ -28,7 +28,14 @@ from rl.choice import choose
 from rl.gradient import Accumulated, RowValues, accumulate, score_rows
 from rl.loss import LOSSES
 from rl.optimizer import build_optimizer, export_moments, import_moments, learning_rate, set_learning_rate
-from rl.report import LearnerReport, group_metrics, mismatch_metrics, row_reports, staleness_metrics
+from rl.report import (
+    LearnerReport,
+    group_metrics,
+    mismatch_metrics,
+    replay_metrics,
+    row_reports,
+    staleness_metrics,
+)
 from rollout.staleness import StalenessBound
 from rollout.trajectory import TrajectoryGroup
 
@@ -130,6 +137,7 @@ class Learner:
             group_metrics(groups, rows)
             | staleness_metrics(rows, version)
             | mismatch_metrics(rows, scores, version)
+            | (replay_metrics(rows, scores) if self.model.config.num_experts else {})
             | self._update_metrics(updates)
             | {"time/forward_backward": time.perf_counter() - started}
         )

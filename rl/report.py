@@ -151,6 +151,22 @@ def mismatch_metrics(rows: "Sequence[Row]", scores: Mapping[int, np.ndarray], po
     return metrics | {f"policy/mismatch_kl/lag/{lag}": float(k3[lags == lag].mean()) for lag in np.unique(lags)}
 
 
+def replay_metrics(rows: "Sequence[Row]", scores: Mapping[int, np.ndarray]) -> dict[str, float]:
+    """Share of the routes of experts, each of a token in a layer, that no engine told: there the learner's router
+    decides, and may send the token to other experts than sampling did.
+
+    Counted are the tokens before the last sampled one of each row that was computed: nothing rests on those after it.
+    `scores`: index of a row -> learner logprobs of its sampled tokens.
+    """
+    unknown, tokens = 0.0, 0
+    for trajectory in (rows[i].trajectory for i in scores):
+        count = int(np.flatnonzero(trajectory.loss_mask)[-1])
+        routes = trajectory.routed_experts
+        unknown += count if routes is None else float((routes[:count] < 0).any(-1).mean(-1).sum())
+        tokens += count
+    return {"moe/replay_fallback_ratio": unknown / tokens} if tokens else {}
+
+
 def row_reports(rows: "Sequence[Row]", scores: Mapping[int, np.ndarray]) -> tuple[RowReport, ...]:
     """`scores`: index of a row -> learner logprobs of its sampled tokens."""
     reports = []

@@ -18,6 +18,7 @@ from rl.checkpoint import load_latest
 from rl.cluster import build_pool
 from rl.learner_service import InProcessLearner
 from rl.run_folder import RunFolder
+from rl.train import task_entries
 from rl.usage import UsageError
 from rollout.agent_desk import AgentDesk
 from rollout.episode import EpisodeSettings
@@ -68,11 +69,19 @@ class Counter:
         name = f"serve/{number}"
         if not body.get("task"):
             return Task(task_id=name, env_id="external", env_name="external", seed=0)
-        env = self.config.env
-        level, seed = body.get("level", env.level), body.get("seed", number)
+        entries = task_entries(self.config)
+        entry = entries[number % len(entries)]  # of a mix one after the other
+        level, seed = body.get("level", entry.level), body.get("seed", number)
         if not isinstance(level, int) or not isinstance(seed, int) or not 0 <= level <= 9 or seed < 0:
             raise ApiError(f"level={level!r} must be 0 to 9 and seed={seed!r} a whole number from 0")
-        return Task(task_id=name, env_id=env.id, env_name=env.name, seed=seed, level=level, kwargs=env.kwargs)
+        return Task(
+            task_id=name,
+            env_id=entry.env_id,
+            env_name=entry.name,
+            seed=seed,
+            level=level,
+            kwargs=dict(entry.kwargs),
+        )
 
     async def _record(self, task: Task, with_env: bool, offered: asyncio.Future[ServedSession]) -> None:
         rows = await play_session(

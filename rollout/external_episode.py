@@ -163,7 +163,13 @@ async def _open(session: ServedSession, host: EnvHost, key: str, task: Task) -> 
     if reset.failure is not None:
         raise _EnvFailed(reset.failure)
     session.env_messages, session.env_tools = reset.messages, reset.tools
-    session.facts = {"task_id": task.task_id, "env_id": task.env_id, "seed": task.seed, "level": task.level}
+    session.facts = {
+        "task_id": task.task_id,
+        "env_id": task.env_id,
+        "env_name": task.env_name,
+        "seed": task.seed,
+        "level": task.level,
+    }
     return reset.problem_digest, dict(reset.meta)
 
 

@@ -11,8 +11,9 @@ import asyncio
 import functools
 import os
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
-from conf.schema import RolloutConfig, TrainConfig
+from conf.schema import EngineConfig, RolloutConfig, TrainConfig
 from envs.outcome import EnvHost
 from envs.task import Task
 from policy.checkpoint_io import expected_tensors
@@ -35,6 +36,8 @@ from rollout.trajectory import Trajectory, TrajectoryGroup
 
 SCORE_GRACE_S = 30.0
 """How far an answer may lag behind the pool's own reward deadline."""
+FREE_OF_SHARE = 0.92
+"""Part of its share of a GPU that vLLM asks for, as it does of a whole one."""
 
 
 class RolloutWorker:
@@ -217,8 +220,20 @@ def build_engine(config: TrainConfig) -> Engine:
         if not isinstance(model, HybridModel):
             raise ValueError("engine.kind='vllm' computes Qwen3.5 models alone; use engine=local for other ones")
         claim_device(config.cluster.worker_gpus)  # for the limit of a share's memory; vLLM finds its device itself
-        return VllmEngine(model.config, expected_tensors(model), config.engine)
+        return VllmEngine(model.config, expected_tensors(model), vllm_settings(config))
     return LocalEngine(model.to(claim_device(config.cluster.worker_gpus)), config.engine)
+
+
+def vllm_settings(config: TrainConfig) -> EngineConfig:
+    """The engine's settings, and on a GPU that others share how much memory vLLM must find free before it starts.
+
+    Its own default asks for 0.92 of a whole GPU, the rest being for what lies outside of any process's tensors.
+    """
+    share, own = config.cluster.worker_gpus, config.engine.vllm
+    if not 0 < share < 1:
+        return config.engine
+    asked = {"gpu_memory_utilization": round(FREE_OF_SHARE * share, 4)}
+    return replace(config.engine, vllm=replace(own, extra=asked | own.extra))
 
 
 def build_worker(config: TrainConfig, name: str, host: EnvHost, failpoint: Failpoint | None = None) -> RolloutWorker:

@@ -282,7 +282,7 @@ IMPOSSIBLE = [
     (["engine.vllm.kv_cache_mib=8"], ["engine.vllm.kv_cache_mib=8 has no effect", "engine.kind=local"]),
     (
         ["engine=vllm", "engine.vllm.extra.speculative_config={method: mtp}"],
-        ["engine.vllm.extra.speculative_config", "MTP", "stale"],
+        ["engine.vllm.extra.speculative_config", "MTP", "stale", "n-gram lookup"],
     ),
     (["engine=vllm", "engine.vllm.extra.dtype=half"], ["engine.vllm.extra.dtype", "set that one"]),
     (["engine=vllm", "engine.vllm.extra.quantization=fp8"], ["engine.vllm.extra.quantization", "compared"]),

@@ -37,6 +37,7 @@ from tests.documentation import (
     without_code,
     write_files,
 )
+from tests.training import small_config, train_in_process
 
 LINK = re.compile(r"\]\(([^)\s#]*)(?:#([^)\s]+))?\)")
 CHEAP = re.compile(
@@ -215,8 +216,11 @@ def test_the_tables_of_settings_are_current() -> None:
     assert page == with_tables(page), "run `python -m scripts.config_table`"
 
 
-def test_every_metric_of_a_run_is_explained_and_every_explained_one_is_written(runs: Path) -> None:
-    rows = [json.loads(line) for line in (runs / "latest" / "metrics.jsonl").read_text().splitlines()]
+def test_every_metric_of_a_run_is_explained_and_every_explained_one_is_written(runs: Path, tmp_path: Path) -> None:
+    words = ("policy=tiny_moe", "steps=1", "learner.loss.advantage=tests.training:first_is_best")
+    of_experts = train_in_process(small_config(tmp_path, *words)).folder.path
+    files = [folder / "metrics.jsonl" for folder in (runs / "latest", of_experts)]
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     written = {name for row in rows for name in row} - {"kind", "step", "policy_version", "time_s"}
     documented = {name: re.sub(r"<\w+>", "[^/]+", name) for name in table_names(DOCS / "runs.md", "Metrics")}
     unknown = {name for name in written if not any(re.fullmatch(known, name) for known in documented.values())}

@@ -1,6 +1,7 @@
 """Trainings that a program outside leads through the endpoint: the openai client of tests/calculator_agent.py."""
 
 import json
+import random
 import subprocess
 import sys
 from itertools import groupby
@@ -10,6 +11,7 @@ import pytest
 
 from conf.loading import load_config
 from conf.schema import TrainConfig
+from envs.base import AgentEnv
 from envs.outcome import EnvHost
 from policy.engine import Completion, GenerationRequest
 from policy.hf_model import load_policy_model
@@ -20,7 +22,7 @@ from rollout.recorder import TrajectoryReader
 from rollout.renderer import make_renderer
 from rollout.trajectory import Trajectory
 from rollout.worker import RolloutWorker
-from tests.training import SMALL, train_in_process
+from tests.training import SMALL, small_config, train_in_process
 
 ROOT = Path(__file__).resolve().parent.parent
 AGENT = f"{sys.executable} {ROOT / 'tests' / 'calculator_agent.py'}"
@@ -34,6 +36,36 @@ if not mark.exists():  # takes a session, and dies with it
     os._exit(3)
 os.execv(sys.executable, [sys.executable, sys.argv[2]])
 """
+
+
+ANSWERS_ITS_ENVIRONMENTS_NAME = """
+import os, httpx
+key = {"authorization": "Bearer " + os.environ["OPENAI_API_KEY"]}
+http = httpx.Client(base_url=os.environ["SHOAL_URL"], headers=key, timeout=60)
+while True:
+    session = http.post("/v1/sessions").json()
+    if session["session_id"] is None:
+        continue
+    task = session["task"]
+    chat = {"model": session["model"], "messages": task["messages"], "max_tokens": 4}
+    header = {"x-shoal-session": session["session_id"]}
+    http.post("/v1/chat/completions", json=chat, headers=header).raise_for_status()
+    http.post("/v1/sessions/" + session["session_id"] + "/reward", json={"answer": task["env_name"]})
+"""
+
+
+class PaysForItsName(AgentEnv):
+    """So much, and nothing for another's."""
+
+    def __init__(self, *, name: str, pays: float) -> None:
+        super().__init__()
+        self.name, self.pays = name, pays
+
+    def task(self, rng: random.Random, level: int) -> str:
+        return f"{self.name} {rng.randrange(10**9)}"
+
+    def reward(self, answer: str) -> float:
+        return self.pays if answer == self.name else 0.0
 
 
 class Heard(LocalEngine):
@@ -96,6 +128,21 @@ def test_an_agent_program_that_died_is_started_again_and_its_session_is_played_a
     trajectories, _ = train_with(calculator(tmp_path, command, "steps=1"))
     assert mark.exists()
     assert len(trajectories) == 8 and not any(trajectory.stop_reason.is_error for trajectory in trajectories)
+
+
+def test_of_a_mix_an_agent_program_is_told_each_task_s_environment_which_also_scores_it(tmp_path: Path) -> None:
+    program = tmp_path / "names.py"
+    program.write_text(ANSWERS_ITS_ENVIRONMENTS_NAME)
+    here = f"{__name__}:{PaysForItsName.__name__}"
+    mix = ", ".join(
+        f"{name}: {{id: '{here}', kwargs: {{name: {name}, pays: {pays}}}}}"
+        for name, pays in (("left", 1.0), ("right", 0.5))
+    )
+    words = ("env.name=both", f"env.mix={{{mix}}}", f"agent.command='{sys.executable} {program}'", "steps=3")
+    trajectories, _ = train_with(small_config(tmp_path, *words))
+    assert len(trajectories) == 3 * 2 * 4
+    assert {(t.task.env_name, t.reward) for t in trajectories} == {("left", 1.0), ("right", 0.5)}
+    assert all(t.prompt[-1].text.startswith(f"{t.task.env_name} ") for t in trajectories)
 
 
 @pytest.mark.slow

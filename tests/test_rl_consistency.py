@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from conf.loading import load_config
 from policy.vllm_packages import vllm_build
 from rl.cli import main
-from rl.consistency import Report, compare, measure, report_text, sample, updated
+from rl.consistency import Gap, Report, compare, measure, report_text, sample, updated
 from rl.learner_service import build_learner
 
 JUDGED = ["first weights", "first weights, prefix cache", "after an update"]
@@ -33,6 +34,18 @@ def test_routes_are_compared_replayed_and_not() -> None:
     )
     assert [gap.name.split(", ")[-1] for gap in report.gaps] == ["routes replayed", "routes not replayed"] * 2
     assert [gap.judged for gap in report.gaps] == [True, False] * 2 and report.ok
+    assert "rows without a verdict are for comparison" in report_text(report)
+    assert "without a verdict" not in report_text(replace(report, gaps=report.gaps[::2]))
+    assert "prefix cache is on in every row" not in report_text(report)
+
+
+def test_on_gpus_it_is_said_that_routes_come_with_the_prefix_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rl.consistency.vllm_build", lambda: "gpu")
+    row = Gap(name="first weights, routes replayed", mean=0.001, max=0.01, tokens=9, judged=True)
+    report = Report(engine="vllm", policy="tiny_moe", episodes=1, turns=1.0, bound=0.5, gaps=(row,))
+    assert "prefix cache is on in every row" in report_text(report)
+    assert "prefix cache is on" not in report_text(replace(report, engine="local"))
+    assert "prefix cache is on" not in report_text(replace(report, gaps=(replace(row, name="first weights"),)))
 
 
 def test_an_engine_that_did_not_take_the_update_is_far_beyond_the_bound() -> None:

@@ -438,6 +438,20 @@ def test_entropy_and_gradient_follow_from_the_rows_and_the_weights_of_a_checkpoi
             assert wanted > 0 and stored.steps[step - 1][key] == pytest.approx(wanted, rel=1e-4), (step, key)
 
 
+def test_the_share_of_routes_that_were_not_replayed_follows_from_stored_routes(tmp_path: Path, stored: Stored) -> None:
+    words = ("policy=tiny_moe", "steps=2", "learner.loss.advantage=tests.training:first_is_best")
+    found = Stored(train_in_process(small_config(tmp_path, *words)).folder.path)
+    for number, numbers in enumerate(found.steps, start=1):
+        known = []
+        for row in (row for row in found.trained(number) if row["learner_logprobs"] is not None):
+            routes = np.frombuffer(row["routed_experts"], "<i2").reshape(json.loads(row["routed_shape"]))
+            known += (routes[: np.flatnonzero(row["mask"])[-1]] >= 0).all(2).ravel().tolist()
+        assert 0 < _mean(known) < 1, "the local engine tells routes of sampled tokens, not of prompts"
+        assert numbers["moe/replay_fallback_ratio"] == pytest.approx(1 - _mean(known))
+    assert _is_shown("moe/replay_fallback_ratio")
+    assert not any("moe/replay_fallback_ratio" in row for row in stored.steps), "a dense model has no routes"
+
+
 def test_the_page_s_newest_numbers_are_those_of_the_last_step_and_of_the_held_out_rows(stored: Stored) -> None:
     board = Dashboard(stored.folder.parent, Stop())
     told = {key["key"]: key["last"] for key in board.run(RunFolder(path=stored.folder), {})["keys"]}

@@ -22,13 +22,18 @@ from conf.checks import ConfigError
 from conf.loading import load_config
 from conf.schema import TrainConfig
 from policy.device import claim_device
+from policy.hybrid_config import PRESETS
+from policy.vllm_core import VllmCore
+from policy.vllm_packages import vllm_build
 from rl.cluster import ClusterError, node_problem, reserve, start_ray, with_absolute_paths
 from rl.placement import Bundle, NodeCapacity, PlacementError, Plan, check_fits, plan
 from rl.run_folder import RunFolder
 from rollout.ledger import read_audit
+from rollout.worker import vllm_settings
 
 SEPARATE = ("cluster.learner_gpus=1", "cluster.worker_gpus=1")
 SHARED = ("cluster=gpu_shared",)
+TWO_RANKS = ("engine=vllm", "engine.vllm.tensor_parallel=2", "cluster=gpu_separate", "cluster.worker_gpus=2")
 
 
 def planned(*overrides: str) -> Plan:
@@ -62,6 +67,36 @@ def test_shared_puts_learner_and_workers_into_one_bundle() -> None:
     assert [found.shares[name].gpus for name in ("learner", "worker-1")] == [0.5, 0.25]
 
 
+def test_a_worker_of_two_ranks_has_both_of_its_gpus_in_one_bundle() -> None:
+    found = planned(*TWO_RANKS, "rollout.workers=2")
+    assert [bundle.resources for bundle in found.bundles] == [
+        {"CPU": 1, "GPU": 1},
+        *[{"CPU": 1, "GPU": 2}] * 2,
+        {"CPU": 0.5},
+    ]
+    assert [found.shares[name].gpus for name in ("learner", "worker-0", "worker-1")] == [1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        (["cluster=gpu_shared"], 0.46),
+        (["cluster=gpu_separate", "rollout.workers=4", "cluster.worker_gpus=0.25"], 0.23),
+        (["cluster=gpu_shared", "engine.vllm.extra.gpu_memory_utilization=0.3"], 0.3),
+        (["cluster=gpu_separate"], None),
+        ([*TWO_RANKS], None),
+        ([], None),
+    ],
+)
+def test_vllm_asks_for_the_memory_of_its_share_unless_the_user_says_how_much(
+    words: list[str], asked: float | None
+) -> None:
+    """What it asks for must be free when it starts; of a shared GPU its default, 0.92, never is."""
+    settings = vllm_settings(load_config(["engine=vllm", *words]))
+    core = VllmCore(PRESETS["tiny_hybrid"], settings)
+    assert core._arguments("folder", returns_routes=False).get("gpu_memory_utilization") == asked
+
+
 def test_a_run_without_gpus_asks_for_none() -> None:
     found = planned()
     assert (found.cpus, found.gpus) == (2.5, 0)
@@ -75,6 +110,9 @@ def test_a_run_without_gpus_asks_for_none() -> None:
         (planned(*SEPARATE), [node(gpus=1)], "2 GPU are asked for, 1 exist"),
         (planned(), [node(cpus=1), node(cpus=1)], "2.5 CPU are asked for, 2 exist"),
         (planned("engine.threads=4"), [node(cpus=3), node(cpus=3)], r"no node holds worker-0 \(4 CPU\)"),
+        (planned(*TWO_RANKS), [node(gpus=1)] * 3, r"no node holds worker-0 \(1 CPU, 2 GPU\); nearest is n with 8"),
+        (planned(*TWO_RANKS, "rollout.workers=2"), [node(gpus=2), node(gpus=2)], "5 GPU are asked for, 4 exist"),
+        (planned(*TWO_RANKS, "rollout.workers=2"), [node(gpus=3), node(gpus=1), node(gpus=1)], "beside each other"),
         (planned("cluster.strategy=STRICT_PACK"), [node(cpus=2), node(cpus=2)], "beside each other .* STRICT_PACK"),
         (planned("cluster.strategy=STRICT_SPREAD"), [node(), node()], "a node for each of 3 bundles, there are 2"),
         (gpu_bundles(0.6, 0.6, 0.6), [node(gpus=2)], "do not fit beside each other"),
@@ -96,6 +134,8 @@ def test_what_can_never_fit_is_refused_with_what_is_asked_and_what_there_is(
     [
         (planned(*SEPARATE), [node(gpus=1), node(gpus=1)]),
         (planned(*SHARED), [node(gpus=1)]),
+        (planned(*TWO_RANKS), [node(gpus=1), node(gpus=2)]),
+        (planned(*TWO_RANKS, "rollout.workers=2"), [node(gpus=3), node(gpus=2)]),
         (planned("cluster.strategy=STRICT_SPREAD"), [node(cpus=1), node(cpus=0.5), node(cpus=1)]),
         (gpu_bundles(0.5, 0.5, 1), [node(gpus=2)]),
         (gpu_bundles(1, 2, 1), [node(gpus=2), node(gpus=2)]),  # greedy in the order asked would split both nodes
@@ -114,6 +154,10 @@ def test_what_fits_somehow_is_not_refused(wanted: Plan, nodes: list[NodeCapacity
         (["cluster.learner_gpus=2"], "cluster.learner_gpus=2.0 is out of range: must be 0 to 1"),
         (["cluster=gpu_shared", "rollout.workers=2"], r"0.5 \+ 2 \* 0.5 = 1.5, at most 1"),
         (["cluster.layout=shared"], "must both be more than 0"),
+        ([*TWO_RANKS, "cluster.worker_gpus=1"], "cluster.worker_gpus=1 must be engine.vllm.tensor_parallel = 2$"),
+        ([*TWO_RANKS, "cluster.worker_gpus=0.5"], "cluster.worker_gpus=0.5 must be engine.vllm.tensor_parallel = 2$"),
+        ([*TWO_RANKS, "engine.vllm.tensor_parallel=1"], "tensor_parallel = 1, or a share of one GPU$"),
+        ([*TWO_RANKS, "cluster.layout=shared", "cluster.learner_gpus=0.5"], r"0.5 \+ 1 \* 2 = 2.5, at most 1"),
         (["cluster.strategy=PAKC"], "Did you mean 'PACK'"),
         (["cluster=inprocess", "cluster.worker_gpus=1"], "has no effect: cluster.kind=inprocess"),
     ],
@@ -286,8 +330,12 @@ def test_a_share_of_a_gpu_is_all_the_memory_a_process_can_take() -> None:
 @needs_gpu
 @pytest.mark.ray
 @pytest.mark.timeout(280)
-def test_learner_and_engine_train_on_shares_of_one_gpu_and_agree_on_logprobs(tmp_path: Path) -> None:
-    words = [*RUN[:6], "cluster=gpu_shared", "steps=2", f"run.root={tmp_path / 'runs'}"]
+@pytest.mark.parametrize(
+    "engine",
+    ["local", pytest.param("vllm", marks=pytest.mark.skipif(vllm_build() != "gpu", reason="needs the extra `vllm`"))],
+)
+def test_learner_and_engine_train_on_shares_of_one_gpu_and_agree_on_logprobs(tmp_path: Path, engine: str) -> None:
+    words = [*RUN[:6], f"engine={engine}", "cluster=gpu_shared", "steps=2", f"run.root={tmp_path / 'runs'}"]
     done = subprocess.run(
         [sys.executable, "-m", "rl.cli", "train", *words], capture_output=True, text=True, timeout=240
     )

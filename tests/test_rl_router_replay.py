@@ -7,9 +7,10 @@ import numpy as np
 
 from conf.schema import LossConfig
 from policy.hybrid import HybridModel
-from rl.batch import pack
+from rl.batch import Row, pack
 from rl.gradient import RowValues, accumulate
 from rl.loss import LOSSES
+from rl.report import replay_metrics
 from rollout.token_record import TokenRecord
 from rollout.trajectory import Trajectory
 from tests.engine_cases import CASES, EngineCase
@@ -59,6 +60,18 @@ def test_two_turns_replayed_with_equal_weights_have_ratio_one_and_teach_every_ro
     assert np.abs(trained(model, trajectory) - 1).max() <= 1e-4
     gates = {name: parameter.grad for name, parameter in model.named_parameters() if name.endswith("mlp.gate.weight")}
     assert gates and all(grad is not None and grad.norm() > 0 for grad in gates.values())
+
+
+def test_routes_that_no_engine_told_are_counted_up_to_the_last_sampled_token() -> None:
+    """Six tokens, of which 1, 2 and 4 are sampled, by two layers of two experts each: four tokens of each row count."""
+    routes = np.zeros((6, 2, 2), np.int16)
+    routes[0, 1], routes[3], routes[4:] = -1, -1, -1
+    told = make_trajectory(token_ids=[0, 1, 2, 3, 4, 5], loss_mask=[0, 1, 1, 0, 1, 0])
+    rows = [Row(trajectory=replace(told, routed_experts=each), status="trained") for each in (routes, None, routes)]
+    first, both = {0: np.zeros(3)}, {0: np.zeros(3), 1: np.zeros(3)}  # the third row is never computed
+    assert replay_metrics(rows, first) == {"moe/replay_fallback_ratio": (0.5 + 1) / 4}
+    assert replay_metrics(rows, both) == {"moe/replay_fallback_ratio": (1.5 + 4) / 8}
+    assert replay_metrics(rows, {}) == {}
 
 
 def test_other_routes_than_the_engines_give_other_ratios() -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import closing
+from pathlib import Path
 
 import httpx
 import openai
@@ -12,25 +14,32 @@ from envs.task import Task
 from policy.engine import Completion, GenerationRequest
 from rl.cluster import build_pool
 from rl.learner_service import InProcessLearner
+from rl.serving import Counter
 from rollout.agent_desk import AgentDesk
 from rollout.episode import EpisodeSettings
 from rollout.external_episode import play_session
 from rollout.lock import RolloutLock
+from rollout.recorder import Recorder
 from rollout.renderer import make_renderer
+from rollout.serving_session import SessionEnd
 from rollout.serving_wire import ApiError, read_chat
 from rollout.trajectory import StopReason, Trajectory
 from rollout.worker import build_engine
 from tests.calculator_agent import play, run_tool
+from tests.engine_cases import needs_vllm
+from tests.fakes import ScriptedEngine
 
 TASK = Task(task_id="serve/0", env_id="Calculator-v0", env_name="calculator", seed=3)
 Lead = Callable[[openai.AsyncOpenAI, httpx.AsyncClient, dict], Awaitable[None]]
 
 
-def serve_one(lead: Lead, *, deadline_s: float = 30.0) -> tuple[list[Trajectory], list[Completion]]:
+def serve_one(
+    lead: Lead, *, deadline_s: float = 30.0, engine_kind: str = "local", temperature: float = 1.0
+) -> tuple[list[Trajectory], list[Completion]]:
     """One session on a calculator task, led by `lead`; its trajectories and all that the engine sampled."""
 
     async def run() -> tuple[list[Trajectory], list[Completion]]:
-        config = load_config(["env=calculator", "cluster=inprocess"])
+        config = load_config(["env=calculator", "cluster=inprocess", f"engine={engine_kind}"])
         engine, sampled = build_engine(config), []
         await engine.load_weights(await InProcessLearner(config).snapshot())  # type: ignore[arg-type]
         generate = engine.generate
@@ -41,7 +50,12 @@ def serve_one(lead: Lead, *, deadline_s: float = 30.0) -> tuple[list[Trajectory]
 
         engine.generate = collect
         settings = EpisodeSettings(
-            temperature=1.0, max_turn_tokens=64, max_turns=0, max_model_tokens=256, deadline_s=deadline_s, seed=1
+            temperature=temperature,
+            max_turn_tokens=64,
+            max_turns=0,
+            max_model_tokens=256,
+            deadline_s=deadline_s,
+            seed=1,
         )
         desk = AgentDesk(tokens={"key": "agent-0"})
         await desk.listen()
@@ -74,14 +88,19 @@ def serve_one(lead: Lead, *, deadline_s: float = 30.0) -> tuple[list[Trajectory]
     return asyncio.run(run())
 
 
-def test_the_openai_client_plays_a_tool_task_and_every_recorded_token_is_one_that_the_engine_sampled() -> None:
+@pytest.mark.parametrize("engine", ["local", pytest.param("vllm", marks=needs_vllm)])
+def test_the_openai_client_plays_a_tool_task_and_every_recorded_token_is_one_that_the_engine_sampled(
+    engine: str,
+) -> None:
     async def lead(client: openai.AsyncOpenAI, http: httpx.AsyncClient, session: dict) -> None:
         answer = await play(client, session)
         await http.post(f"/v1/sessions/{session['session_id']}/reward", json={"answer": answer})
 
-    rows, sampled = serve_one(lead)
+    # the likeliest tokens are a call: vLLM takes no seed
+    rows, sampled = serve_one(lead, engine_kind=engine, temperature=0.1)
     (row,) = rows
-    assert row.reward in (0.0, 1.0) and row.num_turns == len(sampled) >= 2, "a call and an answer, in one token row"
+    assert row.engine == engine and row.reward in (0.0, 1.0)
+    assert row.num_turns == len(sampled) >= 2, "a call and an answer, in one token row"
     assert row.token_ids[row.loss_mask == 1].tolist() == [i for c in sampled for i in c.token_ids.tolist()]
     assert row.rollout_logprobs[row.loss_mask == 1].tolist() == [x for c in sampled for x in c.logprobs.tolist()]
     assert set(row.policy_versions[row.loss_mask == 1].tolist()) == {0}
@@ -117,6 +136,29 @@ def test_a_wrong_key_and_another_servers_name_are_refused() -> None:
 
     rows, _ = serve_one(lead)
     assert rows[0].reward == 0.5 and not rows[0].is_trainable, "no token was sampled"
+
+
+def test_of_a_served_mix_sessions_get_a_task_of_each_environment_in_turn(tmp_path: Path) -> None:
+    async def run() -> list[tuple[str, str]]:
+        config = load_config(["env=mix", "cluster=inprocess"])
+        with closing(Recorder(tmp_path / "trajectories.db")) as recorder:
+            counter = Counter(
+                config=config,
+                desk=AgentDesk(),
+                host=build_pool(config),
+                engine=ScriptedEngine(lambda prompt_ids, rng: [1]),
+                renderer=make_renderer(config.policy),
+                recorder=recorder,
+                deadline_s=30.0,
+            )
+            sessions = [await counter.make({"task": True}) for _ in range(4)]
+            for session in sessions:
+                session.finish(SessionEnd(kind="abort", text="seen enough"))
+            await asyncio.wait(counter.running, timeout=10)
+        return [(session.facts["env_name"], session.facts["env_id"]) for session in sessions]
+
+    calculator, gate = ("calculator", "Calculator-v0"), ("tool_gate", "ToolGate-v0")
+    assert asyncio.run(run()) == [calculator, gate, ("shop_db", "ShopDB-v0"), calculator]
 
 
 @pytest.mark.slow

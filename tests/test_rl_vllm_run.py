@@ -1,15 +1,22 @@
 """Runs on vLLM as a user starts them: by each way of weights, and with the engine killed while it samples."""
 
+import asyncio
+import json
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.vllm_kills import STEPS_AFTER, STEPS_PER_KILL, count, is_intact, train
+from conf.loading import load_config
 from policy.vllm_packages import vllm_build
+from rl.checkpoint import load_latest
+from rl.cli import main
+from rl.consistency import measure
 from rl.run_folder import RunFolder
 from rollout.recorder import TrajectoryReader
 
@@ -59,3 +66,34 @@ def test_a_run_trains_on_weights_of_every_version_and_leaves_none_behind(tmp_pat
     assert pulled == (versions if transport == "broadcast" else [])
     assert files == (set() if transport == "broadcast" else {f"version-{int(v):08d}.safetensors" for v in versions})
     assert not (folder.path / "weights").exists()
+
+
+EXPERTS = (
+    "engine=vllm", "policy=tiny_moe", "cluster=inprocess", "rollout=sync", "seed=3", "steps=4",
+    "rollout.groups_per_step=2", "rollout.group_size=4", "learner.optimizer.lr=3e-3",
+    "learner.optimizer.warmup_steps=0", "learner.loss.advantage=tests.training:first_is_best", "evaluation.every=0",
+    "evaluation.final_tasks=4", "monitor.wandb=disabled", "monitor.progress=false",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_experts_learn_on_the_routes_that_vllm_took_and_trained_ones_agree_with_it(tmp_path: Path) -> None:
+    """The policy is random and earns nothing, so an advantage is made up: what counts is that its weights move."""
+    assert main(["train", *EXPERTS, "policy.init=random", f"run.root={tmp_path}"]) == 0
+    folder = RunFolder.resolve(tmp_path, "latest")
+    with TrajectoryReader(folder.trajectories) as reader:
+        rows = [trajectory for group in reader.groups("consumed") for trajectory in group.trajectories]
+    assert len(rows) == 4 * 8 and {row.engine for row in rows} == {"vllm"}
+    assert {(row.min_policy_version, row.max_policy_version) for row in rows} == {(v, v) for v in range(4)}
+    for row in rows:
+        last = np.flatnonzero(row.loss_mask)[-1]
+        assert row.routed_experts is not None and (row.routed_experts[:last] >= 0).all()
+    steps = [line for line in map(json.loads, folder.metrics.read_text().splitlines()) if line["kind"] == "step"]
+    for step in steps:
+        assert step["moe/replay_fallback_ratio"] == 0.0 and step["optim/grad_norm"] > 0
+        assert step["policy/mismatch_kl/mean"] <= 1e-3 and step["policy/logprob_abs_diff/mean"] <= 0.01
+    weights = load_latest(folder.checkpoints).path / "weights.safetensors"
+    report = asyncio.run(measure(load_config([*EXPERTS, f"policy.init={weights}"]), episodes=8))
+    judged = {gap.name: gap.mean for gap in report.gaps if gap.judged}
+    assert report.ok and any("prefix cache" in name for name in judged)
+    assert max(judged.values()) <= 0.01, judged
