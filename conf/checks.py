@@ -191,6 +191,8 @@ VLLM_FIXED = {
     "worker_extension_cls": "weights and routes pass through Shoal's own",
 }
 """Argument of vLLM's -> why nothing may change it."""
+VLLM_MIN_TEMPERATURE = 0.01
+"""Beside 0. Of a lower one vLLM would make this, and say so in a log alone."""
 FAILPOINT_PHASES = ("reset", "sample", "tool", "commit", "swap")
 
 
@@ -390,6 +392,10 @@ def _vllm_problems(config: TrainConfig) -> Iterator[str]:
             yield f"engine.vllm.extra.{name} is decided by {VLLM_ARGUMENTS[name]}: set that one"
         if name in VLLM_FIXED:
             yield f"engine.vllm.extra.{name} cannot be set: {VLLM_FIXED[name]}"
+    temperatures = {"rollout": config.rollout.temperature, "evaluation": config.evaluation.temperature}
+    for name, temperature in temperatures.items():
+        if 0 < temperature < VLLM_MIN_TEMPERATURE:
+            yield f"{name}.temperature={temperature:g} must be at least {VLLM_MIN_TEMPERATURE:g} with engine=vllm"
     if vllm.transport != "objects" and config.cluster.kind == "inprocess":
         yield f"engine.vllm.transport={vllm.transport} has no effect: cluster.kind=inprocess"
 

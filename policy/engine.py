@@ -1,6 +1,6 @@
 """The Engine protocol: token ids in, token ids and what is known about each of them out.
 
-An engine knows nothing about messages, tools or rewards. Every engine passes tests/test_policy_engine_contract.py.
+An engine knows nothing about messages, tools or rewards. Every engine passes tests/test_policy_engine_*.py.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ import numpy as np
 from policy.weight_offer import OfferedSnapshot
 from policy.weight_store import PolicySnapshot
 
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
+"""Temperatures allowed beside 0; outside, logits in fp32 lose their meaning."""
 FinishReason = Literal["stop", "length", "abort", "deadline"]
 CachePolicy = Literal["keep", "recompute"]
 Snapshot = PolicySnapshot | OfferedSnapshot
@@ -92,6 +94,8 @@ class EngineCapabilities:
     sessions: bool = True
     nucleus: bool = True
     """top_p and top_k, with logprobs of the full distribution."""
+    min_temperature: float = MIN_TEMPERATURE
+    """Least temperature beside 0."""
     routed_experts: bool = False
 
 

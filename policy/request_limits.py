@@ -4,10 +4,7 @@ import math
 
 import numpy as np
 
-from policy.engine import GenerationRequest, UnsupportedRequest
-
-MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
-"""Allowed beside 0; outside, logits in fp32 lose their meaning."""
+from policy.engine import MAX_TEMPERATURE, MIN_TEMPERATURE, GenerationRequest, UnsupportedRequest
 
 
 def check_request(request: GenerationRequest, *, vocab_size: int, max_model_tokens: int) -> None:

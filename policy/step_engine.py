@@ -184,6 +184,9 @@ class StepEngine:
         }
         if names := [name for name, asked in lacking.items() if asked]:
             raise UnsupportedRequest(f"engine {can.name!r} cannot take {names[0]} of a request; leave it unset")
+        if 0 < spec.temperature < can.min_temperature:
+            allowed = f"0 or at least {can.min_temperature:g}"
+            raise UnsupportedRequest(f"engine {can.name!r} cannot take temperature {spec.temperature:g}: {allowed}")
 
     async def abort(self, request_id: str) -> None:
         self._post(lambda: self._stepper.abort(request_id))

@@ -35,6 +35,8 @@ from policy.weight_store import WeightSyncError
 WAIT_S = 0.5
 HANG_S = 100.0
 """Silence after which a core counts as stuck; less than a swap may take (`policy.step_engine`)."""
+ABOUT_ROUTES = ("AuxOutput", "routed-experts", "Model Runner V2")
+"""What vLLM's refusals name where it is the routes that cannot be had."""
 
 
 class VllmCore:
@@ -75,7 +77,7 @@ class VllmCore:
             with contextlib.nullcontext() if self._shares_memory else announced():
                 self._engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=self._own_process)
         except ValueError as error:
-            if not returns_routes:
+            if not (returns_routes and any(word in str(error) for word in ABOUT_ROUTES)):
                 raise
             hint = "; if it is the routes that cannot be had here, engine.vllm.routes=false does without"
             raise EngineError(f"{error}{hint}") from error
@@ -149,11 +151,17 @@ class VllmCore:
 
     # --- requests ---
 
-    def add(self, request_id: str, prompt_ids: list[int], params: Any) -> None:
-        self._engine.add_request(request_id, {"prompt_token_ids": prompt_ids}, params)
+    def add(self, request_id: str, prompt_ids: list[int], params: Any, *, cache_salt: str) -> None:
+        """`cache_salt`: only requests of the same one share blocks of the prefix cache."""
+        self._engine.add_request(request_id, {"prompt_token_ids": prompt_ids, "cache_salt": cache_salt}, params)
 
-    def abort(self, request_ids: list[str]) -> None:
-        self._engine.abort_request(request_ids)
+    def abort(self, request_id: str) -> np.ndarray | None:
+        """The routes that vLLM itself has returned so far (n, M, k); None where it returned none."""
+        processor = self._engine.output_processor
+        states = [processor.request_states[name] for name in processor.external_req_ids.get(request_id, ())]
+        chunks = [chunk for state in states for chunk in state.routed_experts_chunks]
+        self._engine.abort_request([request_id])
+        return np.concatenate(chunks) if chunks else None
 
     def step(self) -> list[Any]:
         """vLLM's outputs since the last time; none where a core of its own has none within `WAIT_S`.
@@ -180,7 +188,7 @@ class VllmCore:
     def routes(self, request_ids: Sequence[str]) -> dict[str, np.ndarray]:
         """Request id -> (most tokens of a conversation, M, k) int16, of requests that have ended; {} where outputs
         bring them along."""
-        if not self._captures:
+        if not (self._captures and request_ids):
             return {}
         found = self._call("shoal_routes", list(request_ids))[0]
         return {name: np.frombuffer(content, np.int16).reshape(shape) for name, (shape, content) in found.items()}

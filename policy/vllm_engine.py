@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 
+from conf.checks import VLLM_MIN_TEMPERATURE
 from conf.schema import EngineConfig
 from policy.engine import EngineCapabilities
 from policy.hybrid_config import HybridConfig
@@ -27,7 +28,8 @@ class VllmEngine(StepEngine):
 
     Example: engine = VllmEngine(config, expected_tensors(model), EngineConfig(kind="vllm"))
 
-    Requests bring no seed (the CPU build dies of one), no session, no top_p and no top_k: `UnsupportedRequest`.
+    Requests bring no seed (the CPU build dies of one), no session, no top_p and no top_k, and no temperature that vLLM
+    would raise: `UnsupportedRequest`.
     Raises ValueError for a model that the engine cannot compute.
     """
 
@@ -54,6 +56,7 @@ class VllmEngine(StepEngine):
                 per_request_seed=False,
                 sessions=False,
                 nucleus=False,
+                min_temperature=VLLM_MIN_TEMPERATURE,
                 routed_experts=VllmStepper.captures_routes(model, config),
             ),
             expected=expected,

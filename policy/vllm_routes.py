@@ -15,7 +15,7 @@ from torch import Tensor
 def returned_routes(rows: np.ndarray | None, shape: tuple[int, int, int]) -> np.ndarray:
     """vLLM's own `rows` (at most L - 1, M, k), uint8 or uint16, as `shape` (L, M, k) int16: -1 where it has none.
 
-    It has none of the last token, which was not fed, and none at all (None) of a request that was cut off.
+    It has none of the last token, which was not fed, and none at all (None) of a request cut off before its first.
     Raises ValueError for rows of other layers or experts.
     """
     routes = np.full(shape, -1, np.int16)
@@ -30,7 +30,7 @@ class RouteCapture:
     """Example: capture = RouteCapture(model_runner, 256); engine.step(); capture.take(["r1"]) -> {"r1": (256, M, k)}
 
     A token keeps the experts of the first time it was fed: when its state is computed again under other weights, what
-    was sampled after it then stays as it was.
+    was sampled after it then stays as it was. A token for which a prefix cache stands is not fed and has none.
     """
 
     def __init__(self, model_runner: Any, max_model_tokens: int) -> None:

@@ -5,6 +5,7 @@ Invariants
   token is taken made it.
 - Nothing is left to vLLM's defaults: every request says its whole sampling, the model folder has no generation config.
 - What the kernels compute with after a swap is compared with the snapshot; on a mismatch the old weights come back.
+- A request that has sampled nothing yet shares no state with those that older weights made, whatever a swap keeps.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -57,6 +58,8 @@ class VllmStepper:
         """Banned ids -> all others."""
         self._ended: list[_Request] = []
         """Not answered yet."""
+        self._swaps_kept = 0
+        """Swaps that left states of older weights in vLLM's prefix cache."""
         self.policy_version = -1
         self.finished: list[tuple[Ticket, Completion | EngineError]] = []
         self._sampled = self._prefilled = self._cached = self._steps = 0
@@ -97,11 +100,14 @@ class VllmStepper:
     # --- commands, between two steps ---
 
     def add(self, ticket: Ticket) -> None:
+        self._requests[ticket.request.request_id] = _Request(ticket=ticket)
+        self._submit(ticket)
+
+    def _submit(self, ticket: Ticket) -> None:
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
         from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
 
-        spec, request_id = ticket.request.sampling, ticket.request.request_id
-        self._requests[request_id] = _Request(ticket=ticket)
+        spec = ticket.request.sampling
         params = SamplingParams(
             temperature=spec.temperature,
             max_tokens=min(spec.max_tokens, self._config.max_model_tokens - len(ticket.prompt_ids)),
@@ -112,7 +118,8 @@ class VllmStepper:
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
-        self._core.add(request_id, ticket.prompt_ids.tolist(), params)
+        salt = str(self._swaps_kept)
+        self._core.add(ticket.request.request_id, ticket.prompt_ids.tolist(), params, cache_salt=salt)
 
     def _allowed_ids(self, banned: tuple[int, ...]) -> list[int] | None:
         if banned not in self._allowed:
@@ -121,8 +128,7 @@ class VllmStepper:
 
     def abort(self, request_id: str) -> None:
         if request := self._requests.get(request_id):
-            self._core.abort([request_id])
-            self._end(request, "abort")
+            self._cut_off(request, "abort")
             self._answer()
 
     def close_session(self, session_id: str) -> None:
@@ -136,6 +142,8 @@ class VllmStepper:
             self._core.replace(snapshot)
             if cache_policy == "recompute":
                 self._core.recompute()  # before anything is sampled from states of the old weights
+            else:
+                self._part_from_kept_states()
         except WeightSyncError:
             if self._served is not None:
                 self._restore(self._served)
@@ -144,6 +152,20 @@ class VllmStepper:
         self._core.resume()
         self._served = snapshot
         self.policy_version = snapshot.version
+
+    def _part_from_kept_states(self) -> None:
+        """Requests that run go on from their states; what has not sampled yet must find none of them in the cache.
+
+        vLLM's reset refuses while requests hold blocks, so their hashes part by a salt. Those that wait have the old
+        one, and are submitted again in their order.
+        """
+        self._swaps_kept += 1
+        waiting = [request.ticket for request in self._requests.values() if not request.token_ids]
+        for ticket in waiting:
+            self._core.abort(ticket.request.request_id)
+        self._core.routes([ticket.request.request_id for ticket in waiting])  # forgotten: fed to the old weights
+        for ticket in waiting:
+            self._submit(ticket)
 
     def _restore(self, snapshot: Snapshot) -> None:
         """The old weights again. Raises `EngineError`, which ends the engine, where even they are not what it holds."""
@@ -158,8 +180,7 @@ class VllmStepper:
     def step(self) -> None:
         now = self._clock()
         for request in [each for each in self._requests.values() if each.ticket.deadline_s <= now]:
-            self._core.abort([request.ticket.request.request_id])
-            self._end(request, "deadline")
+            self._cut_off(request, "deadline")
         if self._requests:
             self._take(self._core.step(), now)
         self._answer()
@@ -184,13 +205,20 @@ class VllmStepper:
         request.versions += [self.policy_version] * len(logprobs)
         self._sampled += len(logprobs)
         if not np.isfinite(logprobs).all():
-            if not output.finished:
-                self._core.abort([ticket.request.request_id])
-            self._end(request, None, f"logits of policy version {self.policy_version} are not finite")
+            failure = f"logits of policy version {self.policy_version} are not finite"
+            if output.finished:
+                self._end(request, None, failure)
+            else:
+                self._cut_off(request, None, failure)
         elif output.finished:
             request.routes = sampled.routed_experts
             known: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
             self._end(request, known.get(sampled.finish_reason), f"vLLM ended it with {sampled.finish_reason!r}")
+
+    def _cut_off(self, request: _Request, reason: FinishReason | None, failure: str = "") -> None:
+        """End a request that vLLM has not ended; it gives no last output, so the routes are taken from what it has."""
+        request.routes = self._core.abort(request.ticket.request.request_id)
+        self._end(request, reason, failure)
 
     def _end(self, request: _Request, reason: FinishReason | None, failure: str = "") -> None:
         request.reason, request.failure = reason, failure

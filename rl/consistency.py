@@ -1,8 +1,9 @@
 """`shoal doctor --engine E --policy P`: how far the engine's logprobs are from those of the learner, measured here.
 
 Real episodes of the configured environment are sampled by the engine as in training and scored by the learner as in
-training: under the first weights, with a prefix cache, after an update, with and without replayed routes, and with the
-learner's weights rounded as the engine's are.
+training: under the first weights, after an update, with and without replayed routes, and with the learner's weights
+rounded as the engine's are. For a prefix cache, whose blocks are longer than many an episode, the first turns of the
+same episodes are sampled once more after a long text that all of them share.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ from conf.loading import load_config
 from conf.schema import TrainConfig
 from envs.task_source import held_out_tasks
 from policy.checkpoint_io import load_numpy_tensors
+from policy.engine import Completion, GenerationRequest, SamplingSpec
 from policy.vllm_packages import vllm_build
 from policy.weight_store import PolicySnapshot
 from rl.batch import pack
@@ -28,12 +30,16 @@ from rl.learner_service import build_learner
 from rl.preflight import check_parts
 from rl.progress import plain_console
 from rl.train import task_entries
+from rollout.renderer import make_renderer
+from rollout.token_record import TokenRecord
 from rollout.trajectory import Trajectory
-from rollout.worker import build_worker
+from rollout.worker import build_engine, build_worker
 
 EPISODES = 32
 UPDATE_SIZE = 0.05
 """Relative size of the noise that the update adds to every weight: ten times that of a large step of AdamW."""
+LONG_TOKENS = 1024
+"""Least length of a conversation for the prefix cache: blocks of hybrid models have 256 tokens on a CPU."""
 SAMPLE_S = 600.0
 """Deadline of the start of an engine and its episodes."""
 
@@ -48,6 +54,8 @@ class Gap:
     tokens: int
     judged: bool
     """Training would meet it: it must be within the bound."""
+    cached_tokens: int | None = None
+    """Prompt tokens that the engine took out of its prefix cache; None where it was asked for none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +96,8 @@ async def measure(config: TrainConfig, *, policy: str = "", episodes: int = EPIS
     gaps = compare(learner, "first weights", before)
     if config.engine.kind == "vllm":
         cached = replace(config, engine=replace(config.engine, vllm=replace(config.engine.vllm, prefix_cache=True)))
-        gaps += compare(learner, "first weights, prefix cache", *await sample(cached, (first,), episodes))
+        again, reused = await sample_after_a_shared_text(cached, first, before)
+        gaps += compare(learner, "first weights, prefix cache", again, cached_tokens=reused)
         load_numpy_tensors(learner.model, in_bfloat16(first))
         gaps += compare(learner, "first weights, the learner's rounded to bfloat16", before, judged=False)
     load_numpy_tensors(learner.model, second.tensors)
@@ -139,6 +148,56 @@ async def sample(
         await worker.close()
 
 
+async def sample_after_a_shared_text(
+    config: TrainConfig, snapshot: PolicySnapshot, played: Sequence[Trajectory]
+) -> tuple[list[Trajectory], int]:
+    """The first turns of `played` sampled anew, each after the same text, and how many prompt tokens came out of the
+    engine's cache. The text is made of the episodes themselves.
+
+    Raises TimeoutError past `SAMPLE_S`.
+    """
+    longest = max(LONG_TOKENS, config.engine.max_model_tokens)
+    engine = build_engine(replace(config, engine=replace(config.engine, max_model_tokens=longest)))
+    renderer = make_renderer(config.policy)
+    spec = SamplingSpec(
+        temperature=config.rollout.temperature,
+        max_tokens=config.rollout.max_turn_tokens,
+        stop_token_ids=renderer.stop_token_ids,
+        banned_token_ids=renderer.banned_token_ids,
+    )
+    prompts = [t.token_ids[: int(t.loss_mask.argmax())] for t in played]
+    room = longest - config.rollout.max_turn_tokens - max(map(len, prompts))
+    shared = np.resize(np.concatenate([t.token_ids for t in played]), max(1, min(longest // 2, room)))
+
+    async def ask(name: str, prompt: np.ndarray, spec: SamplingSpec) -> Completion:
+        request = GenerationRequest(request_id=name, prompt_ids=prompt, sampling=spec, deadline_s=SAMPLE_S)
+        return await engine.generate(request)
+
+    async def one(i: int) -> tuple[Trajectory, int]:
+        record = TokenRecord()
+        record.append_given(np.concatenate([shared, prompts[i]]).tolist())
+        completion = await ask(str(i), record.token_ids, spec)
+        record.append_sampled(completion)
+        sampled = replace(
+            played[i],
+            token_ids=record.token_ids,
+            loss_mask=record.loss_mask,
+            rollout_logprobs=record.logprobs,
+            policy_versions=record.policy_versions,
+            routed_experts=record.routed_experts,
+        )
+        return sampled, completion.cached_tokens
+
+    try:
+        async with asyncio.timeout(SAMPLE_S):
+            await engine.load_weights(snapshot)
+            await ask("shared", shared, replace(spec, max_tokens=1))
+            found = await asyncio.gather(*map(one, range(len(played))))
+    finally:
+        await engine.close()
+    return [t for t, _ in found], sum(cached for _, cached in found)
+
+
 def in_bfloat16(snapshot: PolicySnapshot) -> dict[str, np.ndarray]:
     """The weights as an engine of bfloat16 holds them. What is left of a gap with these is arithmetic."""
     return {
@@ -146,15 +205,23 @@ def in_bfloat16(snapshot: PolicySnapshot) -> dict[str, np.ndarray]:
     }
 
 
-def compare(learner: Learner, name: str, trajectories: Sequence[Trajectory], *, judged: bool = True) -> list[Gap]:
+def compare(
+    learner: Learner,
+    name: str,
+    trajectories: Sequence[Trajectory],
+    *,
+    judged: bool = True,
+    cached_tokens: int | None = None,
+) -> list[Gap]:
     """Of experts two rows: with the engine's routes, as training does it, and with the learner's own."""
     if all(t.routed_experts is None for t in trajectories):
-        return [gap(learner, name, trajectories, judged=judged)]
+        return [replace(gap(learner, name, trajectories, judged=judged), cached_tokens=cached_tokens)]
     own = [replace(t, routed_experts=None) for t in trajectories]
-    return [
+    gaps = [
         gap(learner, f"{name}, routes replayed", trajectories, judged=judged),
         gap(learner, f"{name}, routes not replayed", own, judged=False),
     ]
+    return [replace(each, cached_tokens=cached_tokens) for each in gaps]
 
 
 def gap(learner: Learner, name: str, trajectories: Sequence[Trajectory], *, judged: bool) -> Gap:
@@ -176,6 +243,8 @@ def report_text(report: Report) -> str:
     ]
     for gap in report.gaps:
         verdict = "" if not gap.judged else "  ok" if gap.max <= report.bound else "  FAIL"
+        if gap.judged and gap.cached_tokens is not None:
+            verdict += f", {gap.cached_tokens or 'no'} prompt tokens came out of the cache"
         lines.append(f"{gap.name:<{width}}  {gap.mean:>9.2g}  {gap.max:>9.2g}  {gap.tokens:>7}{verdict}")
     lines += _remarks(report)
     if report.ok:

@@ -287,6 +287,7 @@ IMPOSSIBLE = [
     (["engine=vllm", "engine.vllm.extra.dtype=half"], ["engine.vllm.extra.dtype", "set that one"]),
     (["engine=vllm", "engine.vllm.extra.quantization=fp8"], ["engine.vllm.extra.quantization", "compared"]),
     (["engine=vllm", "engine.vllm.extra.async_scheduling=true"], ["engine.vllm.extra.async_scheduling"]),
+    (["engine=vllm", "evaluation.temperature=0.005"], ["evaluation.temperature=0.005", "at least 0.01"]),
     (
         ["engine=vllm", "engine.vllm.transport=files", "cluster=inprocess"],
         ["engine.vllm.transport=files has no effect", "cluster.kind=inprocess"],

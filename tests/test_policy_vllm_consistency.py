@@ -16,6 +16,7 @@ from policy.hybrid import PRESETS, HybridModel
 from policy.initial import load_initial_weights
 from policy.logprobs import token_logprobs
 from policy.vllm_engine import VllmEngine
+from policy.vllm_packages import vllm_build
 from policy.weight_store import PolicySnapshot
 from rollout.renderer import make_renderer
 from rollout.token_record import TokenRecord
@@ -49,6 +50,12 @@ def babble(episode: int) -> Talk:
     return [rng.integers(0, 256, n).tolist() for n in (90, 20, 20)], SamplingSpec(max_tokens=40)
 
 
+def long_babble(episode: int) -> Talk:
+    """Episodes 0 and 1, 2 and 3, ... begin alike, for longer than a block of the prefix cache (256 tokens on a CPU)."""
+    given, spec = babble(episode)
+    return [np.random.default_rng([episode // 2, 0]).integers(0, 256, 300).tolist(), *given[1:]], spec
+
+
 def sums(episode: int) -> Talk:
     """A problem of the calculator; the tool answers each turn."""
     renderer, env = make_renderer(PolicyConfig()), make_env("Calculator-v0")
@@ -63,23 +70,27 @@ def sums(episode: int) -> Talk:
 
 async def episodes(
     model: HybridModel, talk: Callable[[int], Talk] = babble, *, prefix_cache: bool = False
-) -> list[TokenRecord]:
+) -> tuple[list[TokenRecord], list[list[int]]]:
+    """The conversations, and the tokens of each turn's prompt that came out of the cache."""
     settings = EngineConfig(
         kind="vllm", max_running=8, max_model_tokens=512, vllm=VllmConfig(prefix_cache=prefix_cache)
     )
     engine = VllmEngine(model.config, expected_tensors(model), settings)
     await engine.load_weights(PolicySnapshot.create(1, to_numpy_tensors(model)))
-    records = []
+    records, cached = [], []
     for episode in range(EPISODES):
         record = TokenRecord()
+        cached.append([])
         given, spec = talk(episode)
         for turn in range(TURNS):
             record.append_given(given[turn])
             request = GenerationRequest(request_id=f"{episode}/{turn}", prompt_ids=record.token_ids, sampling=spec)
-            record.append_sampled(await engine.generate(request))
+            completion = await engine.generate(request)
+            record.append_sampled(completion)
+            cached[-1].append(completion.cached_tokens)
         records.append(record)
     await engine.close()
-    return records
+    return records, cached
 
 
 def gap(model: HybridModel, records: list[TokenRecord], banned_ids: Sequence[int] = (), *, replay: bool = False) -> Gap:
@@ -103,7 +114,7 @@ def gap(model: HybridModel, records: list[TokenRecord], banned_ids: Sequence[int
 @in_loop
 async def test_a_dense_model_differs_by_rounding_alone(trained: bool) -> None:
     model = model_of("tiny_hybrid", trained=trained)
-    found = gap(model, await episodes(model, sums), sums(0)[1].banned_token_ids)
+    found = gap(model, (await episodes(model, sums))[0], sums(0)[1].banned_token_ids)
     print(f"dense, trained={trained}: {found}")
     assert found.mean <= 0.01 and found.max <= 0.1
 
@@ -116,7 +127,7 @@ async def test_replayed_routes_take_the_large_differences_of_experts_away() -> N
         for name, parameter in model.named_parameters():
             if "mlp.gate." in name or ".experts." in name:  # at their start all experts are nearly alike, and small
                 parameter.mul_(8)
-    records = await episodes(model)
+    records, _ = await episodes(model)
     without, replayed = gap(model, records), gap(model, records, replay=True)
     print(f"moe: without replay {without}, with {replayed}")
     for record in records:
@@ -129,5 +140,25 @@ async def test_replayed_routes_take_the_large_differences_of_experts_away() -> N
 @in_loop
 async def test_a_prefix_cache_changes_nothing_but_the_work() -> None:
     model = model_of("tiny_hybrid", trained=False)
-    found = gap(model, await episodes(model, prefix_cache=True))
+    records, cached = await episodes(model, long_babble, prefix_cache=True)
+    found = gap(model, records)
+    print(f"dense, prefix cache: {found}, cached {cached[:2]}")
+    assert all(turns[0] == 0 < min(turns[1:]) for turns in cached[::2])  # its own turn before
+    assert all(min(turns) > 0 for turns in cached[1::2])  # the episode before
+    assert found.mean <= 0.01 and found.max <= 0.1
+
+
+@pytest.mark.vllm
+@in_loop
+async def test_where_a_prefix_cache_stands_for_tokens_only_those_lack_routes_and_the_learner_finds_its_own() -> None:
+    model = model_of("tiny_moe", trained=False)
+    records, cached = await episodes(model, long_babble, prefix_cache=True)
+    found = gap(model, records, replay=True)
+    print(f"moe, prefix cache: {found}, cached {cached[:2]}")
+    for record, turns in zip(records, cached, strict=True):
+        routes = record.routed_experts
+        assert routes is not None
+        unknown = turns[0] if vllm_build() == "cpu" else 0  # GPUs return those of the cache too
+        assert (routes[:unknown] == -1).all() and (routes[unknown:-1] >= 0).all()
+    assert all(turns[0] > 0 for turns in cached[1::2])
     assert found.mean <= 0.01 and found.max <= 0.1

@@ -33,6 +33,7 @@ from tests.test_policy_engine_contract import (
     serving,
     until,
 )
+from tests.test_policy_engine_swaps import first_fed_by
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.timeout(280)
@@ -54,7 +55,8 @@ async def test_a_core_of_its_own_swaps_under_a_request_keeps_routes_and_its_end_
         assert (versions[0], versions[-1], (np.diff(versions) != 0).sum()) == (1, 2, 1)
         for version, seed in ((1, 0), (2, 1)):
             named = versions == version
-            expected = learner_logprobs(case, seed, request, completion)
+            first_fed = first_fed_by(version, request, completion)
+            expected = learner_logprobs(case, seed, request, completion, routes_from=first_fed)
             assert_close(case, completion.logprobs[named], expected[named], f"version {version}")
         assert completion.routed_experts is not None and completion.prompt_routes is not None
         assert (completion.routed_experts[:-1] >= 0).all() and (completion.prompt_routes >= 0).all()

@@ -1,5 +1,6 @@
 """Routes that vLLM returns itself, as on GPUs: where its CPU build cannot, what it would return is handed over."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -7,13 +8,22 @@ import numpy as np
 import pytest
 import torch
 
+from conf.schema import VllmConfig
 from policy.engine import EngineClosed
-from policy.logprobs import token_logprobs
 from policy.vllm_core import VllmCore
 from policy.vllm_packages import vllm_build
 from policy.vllm_routes import returned_routes
-from tests.engine_cases import VLLM
-from tests.test_policy_engine_contract import ask, assert_close, in_loop, random_prompt, serving
+from tests.engine_cases import MAX_TOKENS, VLLM, vllm_case
+from tests.fakes import FakeClock
+from tests.test_policy_engine_contract import (
+    ask,
+    assert_close,
+    in_loop,
+    learner_logprobs,
+    random_prompt,
+    serving,
+    until,
+)
 
 pytestmark = pytest.mark.timeout(280)
 needs = pytest.mark.skipif(vllm_build() is None, reason="needs the vLLM extra")
@@ -65,6 +75,52 @@ async def test_returned_routes_reach_the_completion_as_those_of_the_hooks_do() -
     assert np.array_equal(completion.routed_experts, recorded[9:21]) and (recorded[20] == -1).all()
 
 
+def numbered(first: int, last: int) -> np.ndarray:
+    """Routes (last - first, 4, 2) that tell the place of their token."""
+    return np.tile((np.arange(first, last)[:, None, None] + np.arange(2)) % 8, (1, 4, 1)).astype(np.uint8)
+
+
+def handing_over(step: Callable[[VllmCore], list[Any]]) -> Callable[[VllmCore], list[Any]]:
+    """`VllmCore.step` that leaves chunks of routes inside vLLM, as its model runner 2 does: of the prompt with the
+    first token, then of one more token each."""
+
+    def stepped(core: VllmCore) -> list[Any]:
+        outputs, processor = step(core), core._engine.output_processor
+        for state in processor.request_states.values():
+            fed = state.prompt_len + state.detokenizer.num_output_tokens() - 1
+            known = sum(map(len, state.routed_experts_chunks))
+            if state.detokenizer.num_output_tokens() and fed > known:
+                state.routed_experts_chunks.append(numbered(known, fed))
+        return outputs
+
+    return stepped
+
+
+@pytest.mark.vllm
+@needs
+@in_loop
+async def test_a_request_that_is_cut_off_keeps_the_routes_returned_so_far() -> None:
+    clock = FakeClock()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VllmCore, "step", handing_over(VllmCore.step))
+        patch.setattr(VllmCore, "routes", lambda core, request_ids: {})
+        async with serving(VLLM["vllm-moe"], clock=clock) as engine:
+            requests = [ask(random_prompt(9), max_tokens=MAX_TOKENS, deadline_s=8.0) for _ in range(2)]
+            running = [asyncio.create_task(engine.generate(request)) for request in requests]
+            await until(lambda: engine.stats().sampled_tokens >= 10)
+            await engine.abort(requests[0].request_id)
+            aborted = await running[0]
+            clock.advance(8.0)
+            overdue = await running[1]
+    assert (aborted.finish_reason, overdue.finish_reason) == ("abort", "deadline")
+    for completion in (aborted, overdue):
+        assert completion.prompt_routes is not None and completion.routed_experts is not None
+        fed = 9 + len(completion.token_ids) - 1
+        assert np.array_equal(completion.prompt_routes, numbered(0, 9))
+        assert np.array_equal(completion.routed_experts[:-1], numbered(9, fed)) and fed > 11
+        assert (completion.routed_experts[-1] == -1).all()
+
+
 @pytest.mark.vllm
 @needs
 @pytest.mark.skipif(vllm_build() == "gpu", reason="the GPU build returns routes")
@@ -83,23 +139,34 @@ async def test_a_vllm_that_cannot_return_routes_names_the_setting_that_does_with
         await engine.close()
 
 
+@pytest.mark.vllm
+@needs
+@in_loop
+async def test_a_start_that_fails_for_another_reason_does_not_blame_the_routes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("vllm_core", "vllm_stepper"):
+        monkeypatch.setattr(f"policy.{module}.vllm_build", lambda: "gpu")
+    case = vllm_case("vllm-moe", VllmConfig(dtype="float17"))
+    engine = case.make()
+    try:
+        with pytest.raises(EngineClosed, match="float17") as raised:
+            await engine.load_weights(case.snapshot(1))
+        assert "engine.vllm.routes" not in str(raised.value)
+    finally:
+        await engine.close()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: torch.cuda.is_available() is false")
 @pytest.mark.skipif(vllm_build() != "gpu", reason="needs the extra `vllm`")
 @in_loop
 async def test_on_a_gpu_vllms_own_routes_replayed_give_its_logprobs() -> None:
     case = VLLM["vllm-moe"]
-    assert case.model is not None
-    async with serving(case) as engine:
-        for tokens in (9, 60, 60):  # the last two share whole blocks of a prefix cache
+    async with serving(case, max_model_tokens=800) as engine:
+        for tokens in (9, 700, 700):  # the last two share whole blocks of a prefix cache
             request = ask(random_prompt(tokens), max_tokens=40)
             completion = await engine.generate(request)
             assert completion.prompt_routes is not None and (completion.prompt_routes >= 0).all()
             assert completion.routed_experts is not None and (completion.routed_experts[:-1] >= 0).all()
             assert (completion.routed_experts[-1] == -1).all()
-            ids = torch.from_numpy(np.concatenate([request.prompt_ids, completion.token_ids]).astype(np.int64))
-            routes = np.concatenate([completion.prompt_routes, completion.routed_experts]).astype(np.int64)
-            with torch.no_grad():
-                output = case.model(0)(ids, torch.tensor([0, len(ids)]), routed_experts=torch.from_numpy(routes))
-            replayed, _ = token_logprobs(output.logits[tokens - 1 : -1], ids[tokens:], 1.0)
-            assert_close(case, completion.logprobs, replayed.numpy())
+            assert_close(case, completion.logprobs, learner_logprobs(case, 0, request, completion))
+    assert completion.cached_tokens > 0

@@ -1,21 +1,26 @@
 """vLLM under live weight updates: what it holds is what was sent, or it says so."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
+from conf.schema import VllmConfig
 from policy import vllm_weights, vllm_worker
 from policy.engine import EngineClosed, EngineError
 from policy.weight_sender import WeightSender
 from policy.weight_store import WeightSyncError
-from tests.engine_cases import VLLM, VLLM_PARAMETERS, EngineCase, needs_vllm
+from tests.engine_cases import MAX_RUNNING, VLLM, VLLM_PARAMETERS, EngineCase, needs_vllm, vllm_case
 from tests.test_policy_engine_contract import (
     ask,
+    assert_close,
     in_loop,
+    learner_logprobs,
     random_prompt,
     serving,
+    until,
 )
 
 
@@ -99,6 +104,39 @@ async def test_an_engine_that_cannot_go_back_serves_nothing_any_more(case: Engin
                 await engine.load_weights(case.snapshot(2, seed=1))
         with pytest.raises(EngineError):
             await engine.generate(ask([1, 2]))
+
+
+WITH_CACHE = vllm_case("vllm-dense", VllmConfig(prefix_cache=True))
+CORE_WITH_CACHE = vllm_case("vllm-dense", VllmConfig(prefix_cache=True, process="core"))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(WITH_CACHE, id="inproc", marks=needs_vllm),
+        pytest.param(CORE_WITH_CACHE, id="core", marks=[*needs_vllm, pytest.mark.slow]),
+    ],
+)
+@pytest.mark.timeout(280)
+@in_loop
+async def test_a_swap_that_keeps_states_shares_none_of_them_with_what_has_sampled_nothing_yet(case: EngineCase) -> None:
+    prompt = random_prompt(300)  # a block on a CPU: 256
+    async with serving(case, max_model_tokens=400) as engine:
+        before = [await engine.generate(ask(prompt, max_tokens=8)) for _ in range(2)]
+        assert before[0].cached_tokens == 0 < before[1].cached_tokens
+        busy = [asyncio.create_task(engine.generate(ask([i], max_tokens=250))) for i in range(MAX_RUNNING)]
+        await until(lambda: engine.stats().running == MAX_RUNNING)
+        requests = [ask(prompt, max_tokens=8) for _ in range(2)]
+        waiting = asyncio.create_task(engine.generate(requests[0]))
+        await until(lambda: engine.stats().waiting == 1)
+        await engine.load_weights(case.snapshot(2, seed=1), cache_policy="keep")
+        completions = [await waiting, await engine.generate(requests[1])]
+        kept = await asyncio.gather(*busy)
+    assert all({1, 2} == set(completion.policy_versions) for completion in kept)
+    assert completions[0].cached_tokens == 0 < completions[1].cached_tokens  # of the new weights
+    for request, completion in zip(requests, completions, strict=True):
+        assert set(completion.policy_versions) == {2}
+        assert_close(case, completion.logprobs, learner_logprobs(case, 1, request, completion))
 
 
 @pytest.mark.parametrize("case", VLLM_PARAMETERS)

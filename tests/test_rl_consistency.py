@@ -63,6 +63,13 @@ def test_a_gap_beyond_the_bound_ends_with_3_and_names_the_setting(capsys: pytest
     assert "FAIL" in shown and "beyond the bound of 1e-12" in shown and "learner.self_check_tolerance" in shown
 
 
+@pytest.mark.parametrize(("cached_tokens", "said"), [(512, "ok, 512 prompt"), (0, "ok, no prompt"), (None, "ok\n")])
+def test_the_report_says_how_much_of_a_prefix_cache_was_used(cached_tokens: int | None, said: str) -> None:
+    gap = Gap(name="x", mean=0.0, max=0.0, tokens=9, judged=True, cached_tokens=cached_tokens)
+    report = Report(engine="vllm", policy="p", episodes=1, turns=1.0, bound=0.5, gaps=(gap,))
+    assert said in report_text(report)
+
+
 def test_settings_without_an_engine_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "env=shop_db"]) == 2
     assert "'env=shop_db': settings are for the comparison of --engine" in capsys.readouterr().err
@@ -79,6 +86,7 @@ def test_vllm_is_compared_with_a_prefix_cache_and_after_an_update(
     judged = [gap for gap in report["gaps"] if gap["judged"]]
     assert report["ok"] and [gap["name"].split(", routes")[0] for gap in judged] == JUDGED
     assert all(gap["mean"] <= 0.01 and gap["tokens"] > 100 for gap in judged)
+    assert [bool(gap["cached_tokens"]) for gap in judged] == [False, True, False]
 
 
 @pytest.mark.gpu
