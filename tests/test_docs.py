@@ -241,6 +241,7 @@ def test_every_file_of_a_run_folder_is_explained(runs: Path) -> None:
     assert found - {"notes.json"} == documented - {"notes.json", "wandb"}  # written on demand; disabled here
 
 
+@pytest.mark.slow
 def test_json_keys_are_those_that_are_promised(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -59,6 +59,7 @@ def test_both_ranks_of_an_engine_hold_every_tensor_as_it_was(
     assert [each.result(80) for each in pulls] == [(snapshot.digest, wanted)] * 2
 
 
+@pytest.mark.slow
 def test_an_engine_that_hangs_in_a_transfer_delays_no_other_and_is_given_up_at_the_deadline(
     processes: ProcessPoolExecutor,
 ) -> None:
@@ -127,6 +128,7 @@ def wait_for_log(caplog: pytest.LogCaptureFixture, text: str, within_s: float) -
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_rank_killed_in_a_transfer_costs_that_one_alone(
     sender: WeightSender, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -150,6 +152,7 @@ def threads_of_transfers() -> int:
     return 0
 
 
+@pytest.mark.slow
 def test_a_sender_that_is_killed_is_a_weight_sync_error_of_whoever_waits_and_of_whoever_comes() -> None:
     here, there = SPAWN.Pipe()
     process = SPAWN.Process(target=hold_a_snapshot, args=(there,))

@@ -121,6 +121,7 @@ def test_every_token_that_an_agents_run_trains_on_is_one_that_the_engine_sampled
     assert len(turns) > len(trajectories) and set(turns) <= answered
 
 
+@pytest.mark.slow
 def test_an_agent_program_that_died_is_started_again_and_its_session_is_played_again(tmp_path: Path) -> None:
     program, mark = tmp_path / "dies_once.py", tmp_path / "mark"
     program.write_text(DIES_ONCE)
@@ -130,6 +131,7 @@ def test_an_agent_program_that_died_is_started_again_and_its_session_is_played_a
     assert len(trajectories) == 8 and not any(trajectory.stop_reason.is_error for trajectory in trajectories)
 
 
+@pytest.mark.slow
 def test_of_a_mix_an_agent_program_is_told_each_task_s_environment_which_also_scores_it(tmp_path: Path) -> None:
     program = tmp_path / "names.py"
     program.write_text(ANSWERS_ITS_ENVIRONMENTS_NAME)

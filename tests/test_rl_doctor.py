@@ -13,6 +13,7 @@ from rl.doctor import all_checks, exit_code
 from rl.doctor_checks import Check, port_check, ray_check, smoke_check, version_check, wandb_check, write_check
 
 
+@pytest.mark.slow
 def test_the_quick_checks_of_this_machine_are_told_as_json(tmp_path, capsys):
     code = main(["doctor", "--no-smoke", "--json", "--root", str(tmp_path / "runs")])
     checks = {check["name"]: check for check in json.loads(capsys.readouterr().out.splitlines()[-1])["checks"]}
@@ -87,6 +88,7 @@ def test_a_training_that_fails_is_told_with_its_last_words():
     assert check.status == "fail" and check.found == "no luck" and check.fix.startswith("shoal train experiment=smoke")
 
 
+@pytest.mark.slow
 def test_nothing_is_trained_where_something_failed_already():
     checks = list(all_checks(Path("/proc/runs"), smoke=True))
     assert "smoke run" not in {check.name for check in checks}
