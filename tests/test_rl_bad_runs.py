@@ -42,6 +42,8 @@ from tests.fakes import Script, ScriptedEngine
 from tests.training import SMALL, Run, small_config, train_in_process
 from tests.trajectories import make_group, make_trajectory
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 LOOSE = "learner.self_check_tolerance=1e9"  # a scripted engine has no true logprobs
 

@@ -189,6 +189,7 @@ def test_an_agent_framework_plays_through_the_endpoint() -> None:
     assert ids == [i for c in sampled for i in c.token_ids.tolist()]
 
 
+@pytest.mark.slow
 def test_a_session_that_its_agent_forgets_ends_at_its_deadline_and_is_scored_as_it_stands() -> None:
     async def forget(client: openai.AsyncOpenAI, http: httpx.AsyncClient, session: dict) -> None:
         await client.chat.completions.create(
