@@ -20,8 +20,6 @@ time.sleep(60)
 OWNS_ONE = f"""
 import subprocess, sys, time
 from policy.vllm_owner import announced
-
-pytestmark = pytest.mark.slow
 with announced():
     child = subprocess.Popen([sys.executable, "-c", {WATCHES!r}])
 print(child.pid, flush=True)
