@@ -66,7 +66,7 @@ T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 
 
 def make_large_run(root: Path) -> None:
     """A finished run named RUN under `root`, in the layout of today."""
-    from rl.run_folder import RunFolder
+    from rl.runs.run_folder import RunFolder
 
     folder = RunFolder.create(root, "bench", "tiny", name=RUN)
     folder.write_config("seed: 1\nsteps: 25000\npolicy:\n  dialect: tiny\nrollout:\n  max_staleness: 2\n")
@@ -91,7 +91,7 @@ def _write_trajectories(path: Path) -> None:
     """One real row, copied by SQL, and the large one."""
     import sqlite3
 
-    from rollout.recorder import Recorder
+    from rollout.record.recorder import Recorder
 
     recorder = Recorder(path)
     recorder.write([_group("train/bench/0", num_tokens=100, num_chars=400)])
@@ -125,7 +125,7 @@ def _write_trajectories(path: Path) -> None:
 def _group(group_id: str, *, num_tokens: int, num_chars: int) -> Any:
     from envs.message import Message, TextPart
     from envs.task import Task
-    from rollout.trajectory import StopReason, Trajectory, TrajectoryGroup, Turn
+    from rollout.record.trajectory import StopReason, Trajectory, TrajectoryGroup, Turn
 
     task = Task(task_id=group_id, env_id="Bench-v0", env_name="bench", seed=1, level=1)
     said = Message(role="assistant", content=(TextPart(text="x" * num_chars),))
@@ -154,7 +154,7 @@ def _group(group_id: str, *, num_tokens: int, num_chars: int) -> Any:
 
 def _write_ledger(path: Path) -> None:
     from envs.task import Task
-    from rollout.ledger import Ledger
+    from rollout.record.ledger import Ledger
 
     ledger = Ledger(path)
     names = [f"train/bench/{n}" for n in range(TRAJECTORIES // GROUP_SIZE)]

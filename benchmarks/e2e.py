@@ -140,7 +140,7 @@ def our_tokens(task: SharedTask, checkpoint: Path) -> tuple[list[dict[str, Any]]
     from envs.base import call
     from envs.message import Message, ToolResult
     from envs.registry import make_env
-    from rollout.renderer import make_renderer
+    from rollout.dialects.dialect import make_renderer
 
     renderer = make_renderer(PolicyConfig(kind="hf", path=str(checkpoint), dialect="chat_template"))
     env = make_env(task.env_id)

@@ -49,8 +49,8 @@ def save_weights(folder: Path) -> None:
     """A random tiny model as a transformers folder, which both sides load."""
     import torch
 
-    from policy.checkpoint_io import save_model
-    from policy.hybrid import PRESETS, HybridModel
+    from policy.model.checkpoint_io import save_model
+    from policy.model.hybrid import PRESETS, HybridModel
 
     torch.manual_seed(0)
     save_model(HybridModel(PRESETS[PRESET]), folder)
@@ -61,10 +61,10 @@ def local_side(folder: Path, threads: int) -> Generate:
     import torch
 
     from conf.schema import EngineConfig
-    from policy.checkpoint_io import load_model, to_numpy_tensors
-    from policy.engine import Completion, GenerationRequest, SamplingSpec
-    from policy.local_engine import LocalEngine
-    from policy.weight_store import PolicySnapshot
+    from policy.engine.local_engine import LocalEngine
+    from policy.engine.protocol import Completion, GenerationRequest, SamplingSpec
+    from policy.model.checkpoint_io import load_model, to_numpy_tensors
+    from policy.sync.snapshot import PolicySnapshot
 
     torch.set_num_threads(threads)
     model = load_model(folder)
@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--child", choices=sorted(SIDES), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    from policy.hybrid import PRESETS
+    from policy.model.hybrid import PRESETS
 
     vocab_size = PRESETS[PRESET].vocab_size
     if arguments.child:

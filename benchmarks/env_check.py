@@ -18,7 +18,7 @@ sys.path.pop(0)  # this folder: benchmarks/envs.py would be imported as `envs`
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.machine import describe_machine
 from envs.registry import BUILT_IN
-from rl.env_check import check
+from rl.cli.environments.env_check import check
 
 RESULT = Path(__file__).parent / "results" / "env_check.json"
 LEVELS = (0, 5, 9)

@@ -26,7 +26,7 @@ from envs.base import AgentEnv, call
 from envs.outcome import EnvHost
 from envs.task import Task
 from envs.tool import tool
-from rl.cluster import start_ray
+from rl.cluster.protocol import start_ray
 
 RESULT = Path(__file__).parent / "results" / "envs.json"
 STAGES = (1_000, 10_000)
@@ -127,7 +127,7 @@ async def measure(live: int, actors: int) -> dict[str, Any]:
 
 
 async def measure_pools(remote: Any, live: int, actors: int) -> dict[str, Any]:
-    from envs.actors import EnvPoolActor, PoolClient
+    from envs.pool.actors import EnvPoolActor, PoolClient
 
     environment = {"env_vars": {"PYTHONPATH": sys.path[0]}}
     pools = [

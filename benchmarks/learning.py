@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.machine import describe_machine
 from conf.loading import read_config
-from rl.run_folder import RunFolder
+from rl.runs.run_folder import RunFolder
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 RESULT = Path(__file__).parent / "results" / "learning.json"

@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.machine import describe_machine
-from envs.sandbox import Sandbox, SandboxUnavailable, open_sandbox
+from envs.sandbox.sandbox import Sandbox, SandboxUnavailable, open_sandbox
 from envs.worker_thread import run_sync
 
 RESULT = Path(__file__).parent / "results" / "sandbox.json"

@@ -23,7 +23,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 RESULT = Path(__file__).parent / "results" / "vllm_contract.json"
 LIMIT_S = 3 * 3600.0
 ENGINES = ("vllm-dense-untied", "vllm-dense", "vllm-moe-untied", "vllm-moe", "vllm-core", "vllm-two-ranks")
-"""Ids of `tests/engine_cases.py`, a longer one before its own beginning."""
+"""Ids of `tests/policy/engine_cases.py`, a longer one before its own beginning."""
 
 
 def run_tests() -> ElementTree.Element:

@@ -17,8 +17,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.machine import describe_machine
-from rl.run_folder import RunFolder
-from rollout.recorder import TrajectoryReader
+from rl.runs.run_folder import RunFolder
+from rollout.record.recorder import TrajectoryReader
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 RESULT = Path(__file__).parent / "results" / "vllm_demo.json"

@@ -34,11 +34,11 @@ async def measure(repeats: int) -> dict[str, Any]:
     import torch
 
     from conf.schema import EngineConfig, VllmConfig
-    from policy.checkpoint_io import expected_tensors, to_numpy_tensors
-    from policy.hybrid import PRESETS, HybridModel
-    from policy.local_engine import LocalEngine
-    from policy.vllm_engine import VllmEngine
-    from policy.weight_store import PolicySnapshot
+    from policy.engine.local_engine import LocalEngine
+    from policy.model.checkpoint_io import expected_tensors, to_numpy_tensors
+    from policy.model.hybrid import PRESETS, HybridModel
+    from policy.sync.snapshot import PolicySnapshot
+    from policy.vllm.engine import VllmEngine
 
     torch.set_num_threads(1)
     ratios: dict[str, float] = {}
@@ -82,7 +82,7 @@ async def push(engine: Any, snapshot: Any) -> float:
 
 
 async def tokens_per_s(engine: Any, batch: int) -> float:
-    from policy.engine import GenerationRequest, SamplingSpec
+    from policy.engine.protocol import GenerationRequest, SamplingSpec
 
     rng = np.random.default_rng(batch)
     requests = [

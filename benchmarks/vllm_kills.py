@@ -22,9 +22,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.machine import describe_machine
-from rl.run_folder import RunFolder
-from rollout.ledger import read_audit
-from rollout.recorder import TrajectoryReader
+from rl.runs.run_folder import RunFolder
+from rollout.record.ledger import read_audit
+from rollout.record.recorder import TrajectoryReader
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results"

@@ -63,7 +63,7 @@ class EnvConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CurriculumConfig:
-    """Which levels and problems training tasks are drawn from. Rules: envs/curriculum.py."""
+    """Which levels and problems training tasks are drawn from. Rules: envs/tasks/curriculum.py."""
 
     sampler: str = "fixed"
     """"fixed" (env.level) | "uniform" (all levels alike) | "levels" (rises with success, from env.level or from where
@@ -100,9 +100,9 @@ class PolicyConfig:
     kind: str = "hybrid"
     """"hybrid" (ours) | "hf" (a transformers checkpoint folder)."""
     preset: str = "tiny_hybrid"
-    """Name in policy.hybrid_config.PRESETS; used by kind "hybrid"."""
+    """Name in policy.model.hybrid_config.PRESETS; used by kind "hybrid"."""
     overrides: dict[str, Any] = field(default_factory=dict)
-    """Fields of policy.hybrid_config.HybridConfig that differ from the preset."""
+    """Fields of policy.model.hybrid_config.HybridConfig that differ from the preset."""
     path: str = ""
     """Checkpoint folder for kind "hf"."""
     init: str = "auto"
@@ -228,7 +228,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
-    """What is minimised. Formulas: rl/advantage.py and rl/loss.py."""
+    """What is minimised. Formulas: rl/algorithm/advantage.py and rl/algorithm/loss.py."""
 
     advantage: str = "grpo"
     """"grpo" | "dr_grpo" or an import path "module:function"."""
@@ -314,7 +314,7 @@ class ClusterConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AlertConfig:
-    """When a run is in trouble (rl/alerts.py); 0 = that rule is off."""
+    """When a run is in trouble (rl/monitor/alerts.py); 0 = that rule is off."""
 
     steps: int = 5
     """Learner steps in a row that make trouble of a mismatch, low entropy or failing environments."""

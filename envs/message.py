@@ -1,6 +1,6 @@
 """What an environment and a policy say to each other.
 
-Environments never see tokens and policies never see these objects: `rollout.renderer` joins them.
+Environments never see tokens and policies never see these objects: `rollout.dialects.dialect` joins them.
 """
 
 from dataclasses import dataclass, field

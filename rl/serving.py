@@ -14,21 +14,21 @@ from typing import Any
 from conf.schema import TrainConfig
 from envs.outcome import EnvHost
 from envs.task import Task
-from rl.checkpoint import load_latest
-from rl.cluster import build_pool
-from rl.learner_service import InProcessLearner
-from rl.run_folder import RunFolder
+from rl.algorithm.learner_service import InProcessLearner
+from rl.cluster.protocol import build_pool
+from rl.loop.checkpoint import load_latest
+from rl.runs.run_folder import RunFolder
+from rl.runs.usage import UsageError
 from rl.train import task_entries
-from rl.usage import UsageError
-from rollout.agent_desk import AgentDesk
-from rollout.episode import EpisodeSettings
-from rollout.external_episode import play_session
-from rollout.lock import RolloutLock
-from rollout.recorder import Recorder
-from rollout.renderer import Renderer, make_renderer
-from rollout.serving_session import ServedSession
-from rollout.serving_wire import ApiError
-from rollout.trajectory import Trajectory, TrajectoryGroup
+from rollout.dialects.dialect import Renderer, make_renderer
+from rollout.play.episode import EpisodeSettings
+from rollout.play.swap_lock import RolloutLock
+from rollout.record.recorder import Recorder
+from rollout.record.trajectory import Trajectory, TrajectoryGroup
+from rollout.serve.agent_desk import AgentDesk
+from rollout.serve.external_episode import play_session
+from rollout.serve.serving_session import ServedSession
+from rollout.serve.serving_wire import ApiError
 from rollout.worker import SCORE_GRACE_S, build_engine
 
 END_TIMEOUT_S = 30.0

@@ -25,22 +25,22 @@ from conf.checks import ConfigError, secret_values
 from conf.loading import resolved_yaml
 from conf.schema import OptimizerConfig, SftConfig, TrainConfig
 from envs.base import AgentEnv
-from envs.curriculum import Curriculum, stable_hash
-from envs.demonstration import Demonstration, ademonstrate
-from envs.pool import EnvPool
+from envs.check.demonstration import Demonstration, ademonstrate
+from envs.pool.pool import EnvPool
 from envs.redaction import expose, redacted
 from envs.registry import make_env
 from envs.task import Task
-from envs.task_source import TaskSource, held_out_tasks
-from policy.checkpoint_io import to_numpy_tensors
-from policy.hf_model import load_policy_model
-from policy.initial import load_initial_weights
-from policy.model import PolicyModel
-from rl.batch import pack
-from rl.optimizer import build_optimizer, learning_rate, set_learning_rate
-from rl.run_folder import RunFolder
+from envs.tasks.curriculum import Curriculum, stable_hash
+from envs.tasks.task_source import TaskSource, held_out_tasks
+from policy.model.checkpoint_io import to_numpy_tensors
+from policy.model.hf_model import load_policy_model
+from policy.model.initial import load_initial_weights
+from policy.model.model import PolicyModel
+from rl.algorithm.batch import pack
+from rl.algorithm.optimizer import build_optimizer, learning_rate, set_learning_rate
+from rl.runs.run_folder import RunFolder
 from rl.train import evaluation_levels, task_entries
-from rollout.renderer import Renderer, make_renderer
+from rollout.dialects.dialect import Renderer, make_renderer
 
 GRAD_CLIP = 1.0
 NO_NOISE = 10
@@ -51,7 +51,7 @@ FINAL_STEPS = 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemonstrationRow:
-    """A demonstration as the policy would have sampled it. Fits `rl.batch.TokenRow`."""
+    """A demonstration as the policy would have sampled it. Fits `rl.algorithm.batch.TokenRow`."""
 
     token_ids: np.ndarray
     """(L,) int32."""

@@ -16,22 +16,22 @@ from typing import Any
 
 from conf.loading import read_config, resolved_yaml
 from conf.schema import TrainConfig
-from envs.curriculum import Curriculum, Outcome, TaskEntry
 from envs.registry import environment_facts
 from envs.task import Task
-from envs.task_source import TaskSource, counter_of, held_out_tasks
-from rl.checkpoint import Checkpoint, CheckpointError, load_latest
-from rl.cluster import Cluster, start_cluster
-from rl.controller import Controller, Progress
-from rl.evaluate import Evaluation
-from rl.monitor import Monitor
-from rl.preflight import check_parts
-from rl.run_folder import RunFolder, RunFolderError, RunStatus
-from rl.transcript import transcript_text
-from rollout.ledger import GroupState, Ledger
-from rollout.recorder import Recorder, TrajectoryReader
-from rollout.scheduler import outcome_of
-from rollout.trajectory import TrajectoryGroup
+from envs.tasks.curriculum import Curriculum, Outcome, TaskEntry
+from envs.tasks.task_source import TaskSource, counter_of, held_out_tasks
+from rl.cluster.protocol import Cluster, start_cluster
+from rl.loop.checkpoint import Checkpoint, CheckpointError, load_latest
+from rl.loop.controller import Controller, Progress
+from rl.loop.evaluate import Evaluation
+from rl.loop.preflight import check_parts
+from rl.monitor.monitor import Monitor
+from rl.runs.run_folder import RunFolder, RunFolderError, RunStatus
+from rl.runs.transcript import transcript_text
+from rollout.record.ledger import GroupState, Ledger
+from rollout.record.recorder import Recorder, TrajectoryReader
+from rollout.record.trajectory import TrajectoryGroup
+from rollout.schedule.scheduler import outcome_of
 
 DRIVER_LOG = "driver.log"
 """File in the run's logs/ for what ended this process."""
@@ -345,7 +345,7 @@ def _show_end(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m rl.train`: the same as `shoal train`."""
-    from rl.cli import main as cli
+    from rl.cli.main import main as cli
 
     return cli(["train", *(sys.argv[1:] if argv is None else argv)])
 

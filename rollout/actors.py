@@ -11,15 +11,15 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError, WorkerCrashedError
 
 from conf.schema import EnvConfig, TrainConfig
-from envs.actors import PoolClient
+from envs.pool.actors import PoolClient
 from envs.task import Task
-from rollout.failpoint import Failpoint
-from rollout.lease import Lease, WorkerLost, WorkerStatus
-from rollout.trajectory import Trajectory, TrajectoryGroup
+from rollout.play.failpoint import Failpoint
+from rollout.record.trajectory import Trajectory, TrajectoryGroup
+from rollout.schedule.lease import Lease, WorkerLost, WorkerStatus
 
 if TYPE_CHECKING:
-    from policy.engine import Snapshot
-    from policy.weight_files import StoredSnapshot
+    from policy.engine.protocol import Snapshot
+    from policy.sync.weight_files import StoredSnapshot
 
 T = TypeVar("T")
 LOST = (RayActorError, WorkerCrashedError, GetTimeoutError)
@@ -65,7 +65,7 @@ def connect(pools: Sequence[str], env: EnvConfig) -> PoolClient:
 
 
 class RolloutWorkerActor:
-    """A `RolloutWorker` in a process of its own. Made by `rl.cluster`.
+    """A `RolloutWorker` in a process of its own. Made by `rl.cluster.protocol`.
 
     It lives as long as its engine: where that died this process ends too, and Ray starts another.
     """
@@ -81,7 +81,7 @@ class RolloutWorkerActor:
         self._worker = build_worker(config, name, connect(pools, config.env), failpoint)
 
     async def _or_end(self, call: Awaitable[T]) -> T:
-        from policy.engine import EngineClosed
+        from policy.engine.protocol import EngineClosed
 
         try:
             return await call

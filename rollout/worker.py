@@ -16,23 +16,23 @@ from dataclasses import replace
 from conf.schema import EngineConfig, RolloutConfig, TrainConfig
 from envs.outcome import EnvHost
 from envs.task import Task
-from policy.checkpoint_io import expected_tensors
-from policy.device import claim_device
-from policy.engine import CachePolicy, Engine, EngineClosed, Snapshot
-from policy.hf_model import load_policy_model
-from policy.hybrid import HybridModel
-from policy.local_engine import LocalEngine
-from policy.vllm_engine import VllmEngine
-from policy.weight_files import StoredSnapshot
-from rollout.agent_process import AgentCrew
-from rollout.episode import EpisodeSettings, run_episode
-from rollout.external_episode import run_external_episode
-from rollout.failpoint import Failpoint
-from rollout.group import run_group
-from rollout.lease import Lease, NotReady, WorkerStatus
-from rollout.lock import RolloutLock
-from rollout.renderer import Renderer, make_renderer
-from rollout.trajectory import Trajectory, TrajectoryGroup
+from policy.engine.local_engine import LocalEngine
+from policy.engine.protocol import CachePolicy, Engine, EngineClosed, Snapshot
+from policy.model.checkpoint_io import expected_tensors
+from policy.model.device import claim_device
+from policy.model.hf_model import load_policy_model
+from policy.model.hybrid import HybridModel
+from policy.sync.weight_files import StoredSnapshot
+from policy.vllm.engine import VllmEngine
+from rollout.dialects.dialect import Renderer, make_renderer
+from rollout.play.episode import EpisodeSettings, run_episode
+from rollout.play.failpoint import Failpoint
+from rollout.play.group import run_group
+from rollout.play.swap_lock import RolloutLock
+from rollout.record.trajectory import Trajectory, TrajectoryGroup
+from rollout.schedule.lease import Lease, NotReady, WorkerStatus
+from rollout.serve.agent_process import AgentCrew
+from rollout.serve.external_episode import run_external_episode
 
 SCORE_GRACE_S = 30.0
 """How far an answer may lag behind the pool's own reward deadline."""

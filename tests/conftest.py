@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from policy.vllm_packages import mend_imports
+from policy.vllm.packages import mend_imports
 
 REQUIRED = "SHOAL_REQUIRE"
 """Variable with markers, separated by commas: a skipped test that carries one of them has failed. CI sets it."""
@@ -40,12 +40,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Their policy is random and earns nothing, so an advantage is made up.
     """
-    from rl.cli import main
-    from tests.training import SMALL
+    from rl.cli.main import main
+    from tests.rl.training import SMALL
 
     root = tmp_path_factory.mktemp("session") / "runs"
     words = ["env=tool_gate", "steps=3", "evaluation.every=1", "evaluation.tasks=4", "rollout.max_turn_tokens=8"]
-    words += ["learner.loss.advantage=tests.training:first_is_best", f"run.root={root}"]
+    words += ["learner.loss.advantage=tests.rl.training:first_is_best", f"run.root={root}"]
     for number, name in enumerate(("first-run", "second-run"), start=1):
         assert main(["train", *SMALL, *words, f"run.name={name}", f"seed={number}"]) == 0
     return root

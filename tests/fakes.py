@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from policy.engine import (
+from policy.engine.protocol import (
     CachePolicy,
     Completion,
     EngineCapabilities,
@@ -18,8 +18,8 @@ from policy.engine import (
     Snapshot,
     UnsupportedRequest,
 )
-from policy.request_limits import check_request
-from policy.weight_store import WeightSyncError
+from policy.engine.request_limits import check_request
+from policy.sync.snapshot import WeightSyncError
 
 Script = Callable[[np.ndarray, np.random.Generator], Sequence[int]]
 

@@ -21,7 +21,7 @@ from envs.base import say
 from envs.errors import BadArguments, MalformedEnvironment
 from envs.message import ImagePart, Message, TextPart, ToolCall, ToolSpec
 from envs.outcome import EnvFailure, StepOutcome
-from envs.pool import EnvPool
+from envs.pool.pool import EnvPool
 from envs.registry import check_arguments, find_class
 from envs.task import Task
 from envs.tool import Tool, tools_of_class

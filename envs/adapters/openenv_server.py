@@ -20,7 +20,7 @@ from envs.base import call, say
 from envs.errors import BadArguments
 from envs.message import ImagePart, Message, ToolSpec
 from envs.outcome import StepOutcome
-from envs.pool import EnvPool
+from envs.pool.pool import EnvPool
 from envs.registry import check_arguments, find_class
 from envs.task import Task
 from envs.tool import Tool

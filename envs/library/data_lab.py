@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from envs.base import AgentEnv, Oracle, call, say
 from envs.library.read_only_sql import ReadOnlySql
 from envs.library.shop_db import draw_name
-from envs.sandbox import Limits, open_sandbox
+from envs.sandbox.sandbox import Limits, open_sandbox
 from envs.task import Problem
 from envs.tool import tool
 
@@ -51,7 +51,7 @@ class DataLab(AgentEnv):
     max_result_chars = 500
 
     def __init__(self, *, sandbox: str = "auto", **kwargs: Any) -> None:
-        """`sandbox` as in envs.sandbox.open_sandbox. Raises SandboxUnavailable."""
+        """`sandbox` as in envs.sandbox.sandbox.open_sandbox. Raises SandboxUnavailable."""
         super().__init__(**kwargs)
         self.sandbox = open_sandbox(sandbox)
         self.database: ReadOnlySql | None = None

@@ -12,7 +12,7 @@ import re
 from typing import Any, ClassVar
 
 from envs.base import AgentEnv, Oracle, call, say
-from envs.sandbox import Limits, open_sandbox, same_data
+from envs.sandbox.sandbox import Limits, open_sandbox, same_data
 from envs.task import Problem
 from envs.tool import tool
 
@@ -83,7 +83,7 @@ class PyCode(AgentEnv):
     max_result_chars = 1000
 
     def __init__(self, *, sandbox: str = "auto", **kwargs: Any) -> None:
-        """`sandbox` as in envs.sandbox.open_sandbox. Raises SandboxUnavailable."""
+        """`sandbox` as in envs.sandbox.sandbox.open_sandbox. Raises SandboxUnavailable."""
         super().__init__(**kwargs)
         self.sandbox = open_sandbox(sandbox)
         self.passed = 0.0

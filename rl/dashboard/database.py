@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from rl.dashboard.folders import NotThere, Refused
-from rollout.lineage import LineageEvent, group_events, newest_events, story
-from rollout.trajectory_table import JSON_COLUMNS, SUMMARY_COLUMNS, add_missing_columns
+from rollout.record.lineage import LineageEvent, group_events, newest_events, story
+from rollout.record.trajectory_table import JSON_COLUMNS, SUMMARY_COLUMNS, add_missing_columns
 
 QUERY_S = 1.5
 """A search that takes longer stops; the answer says how far it came."""

@@ -5,7 +5,7 @@ import hashlib
 import re
 from pathlib import Path
 
-from rl.run_folder import LATEST, RunFolder
+from rl.runs.run_folder import LATEST, RunFolder
 
 MAX_CONFIG_BYTES = 2**20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")

@@ -9,7 +9,7 @@ import uvicorn
 
 from rl.dashboard.security import Access
 from rl.dashboard.server import Stop, make_app
-from rl.usage import UsageError
+from rl.runs.usage import UsageError
 
 GRACE_S = 2
 """Seconds that open answers get when the server ends."""

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from rl.alerts import active_alerts
 from rl.dashboard.database import RECENT
 from rl.dashboard.folders import NotThere, confined
 from rl.dashboard.metrics import Cursor, read_new_lines
 from rl.dashboard.processes import last_rows
-from rl.run_folder import RunFolder
-from rl.verdict import judge
+from rl.monitor.alerts import active_alerts
+from rl.monitor.verdict import judge
+from rl.runs.run_folder import RunFolder
 
 TAIL_BYTES = 256 * 1024
 """Of metrics.jsonl: more than the steps that a verdict looks at."""

@@ -6,7 +6,7 @@ from typing import Any
 from rl.dashboard import database
 from rl.dashboard.folders import NotThere, Refused, confined
 from rl.dashboard.metrics import Cursor, read_new_lines
-from rl.run_folder import RunFolder, RunFolderError, RunStatus
+from rl.runs.run_folder import RunFolder, RunFolderError, RunStatus
 
 MAX_LOG_BYTES = 256 * 1024
 TAIL_BYTES = 4 * 2**20

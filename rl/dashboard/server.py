@@ -26,9 +26,9 @@ from rl.dashboard.security import Access, Guard
 from rl.dashboard.span_trace import trace_json
 from rl.dashboard.static_files import STATIC, ChartLibrary, send_file, send_static
 from rl.dashboard.stream import MAX_STREAMS, follow
-from rl.notes import read_notes
-from rl.run_folder import LATEST, RunFolder, list_runs
-from rollout.codec import plain
+from rl.runs.notes import read_notes
+from rl.runs.run_folder import LATEST, RunFolder, list_runs
+from rollout.record.codec import plain
 
 MAX_ANSWER_BYTES = 8 * 2**20
 MAX_POINTS = 2000
@@ -146,7 +146,7 @@ class Dashboard:
         return processes.workers(folder)
 
     def ledger(self, folder: RunFolder, query: Mapping[str, str]) -> dict[str, Any]:
-        from rollout.ledger import LedgerError, read_audit
+        from rollout.record.ledger import LedgerError, read_audit
 
         path = confined(folder, folder.ledger)
         before, state = _whole(query, "before", 0, 0, 2**62), query.get("state", "")
@@ -368,7 +368,7 @@ def _limits_of_ratio(config: Mapping[str, Any]) -> dict[str, Any]:
     """Where the loss takes a token's gradient away, by its ratio exp(learner - rollout); None where that does not tell.
 
     Only loss "clipped" around the rollout limits this ratio, and the stored logprobs are of the start of the step: of
-    the weights that were updated only where a step has one update (rl/loss.py).
+    the weights that were updated only where a step has one update (rl/algorithm/loss.py).
     """
     limits = {name: config.get(f"learner.loss.{name}") for name in ("clip_low", "clip_high", "tis_cap")}
     loss = (config.get("learner.loss.name"), config.get("learner.loss.anchor"), config.get("learner.updates_per_step"))
@@ -379,7 +379,7 @@ def _token_texts(ids: list[int], config: Mapping[str, Any]) -> list[str] | None:
     """Text of each token where the run's tokenizer is our own; None where it would have to be loaded."""
     if config.get("policy.dialect") != "tiny":
         return None
-    from policy.tokenizer import ByteTokenizer
+    from policy.model.tokenizer import ByteTokenizer
 
     tokenizer = ByteTokenizer()
     marks = {number: name for name, number in tokenizer.control_ids.items()}

@@ -7,7 +7,7 @@ from typing import Any
 
 from rl.dashboard.folders import NotThere, confined
 from rl.dashboard.metrics import CHUNK_BYTES, Cursor, read_new_lines
-from rl.run_folder import RunFolder
+from rl.runs.run_folder import RunFolder
 
 MAX_LANES = 10_000
 """Processes with a lane of their own; the file is of foreign making, and names are what this keeps in memory."""

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 
 from rl.dashboard.folders import NotThere
 from rl.dashboard.metrics import Cursor, read_new_lines
-from rl.run_folder import RunFolder, RunFolderError
+from rl.runs.run_folder import RunFolder, RunFolderError
 
 POLL_S = 0.5
 """How long a new line waits at most."""

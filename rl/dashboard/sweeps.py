@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rl.dashboard.folders import NotThere, confined
-from rl.run_folder import RunFolder, RunSummary
+from rl.runs.run_folder import RunFolder, RunSummary
 
 SEED = "seed"
 """The setting that is no choice: runs that differ in nothing else are the same thing again."""
