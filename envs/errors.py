@@ -9,11 +9,8 @@ from envs.redaction import redacted
 TRACEBACK_CHARS = 8000
 """Longest traceback that is kept; of a longer one the end is, where the cause stands."""
 
-_OUR_FILES = frozenset(
-    str(path)
-    for wing in ("", "pool", "tasks", "check", "sandbox")
-    for path in (Path(__file__).parent / wing).glob("*.py")
-)
+_OUR_FOLDERS = [Path(__file__).parent / wing for wing in ("", "pool", "tasks", "check", "sandbox")]
+_OUR_FILES = frozenset(str(path) for folder in _OUR_FOLDERS for path in folder.glob("*.py"))
 _ASYNCIO = str(Path(asyncio.__file__).parent)
 
 

@@ -1,4 +1,7 @@
-"""Pools of environments as Ray actors: the transport alone; the logic is in `envs.pool.client` and `envs.pool.call_batching`."""
+"""Pools of environments as Ray actors: the transport alone.
+
+The logic is in `envs.pool.client` and `envs.pool.call_batching`.
+"""
 
 import logging
 import os

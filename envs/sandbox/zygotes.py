@@ -1,6 +1,6 @@
 """The parent's side of a sandbox: zygote processes, one run at a time in each, started when first needed.
 
-Every kind of isolation runs the same zygote (envs/sandbox/jail_child.py); they differ in the command in front of it, and in
+Every kind of isolation runs the same zygote (jail_child.py); they differ in the command in front of it, and in
 whether a zygote may serve a second run. The jail's may: each of its children gives up its own rights. Behind
 bubblewrap or in a container every run gets a zygote of its own, so that nothing can be left behind in the namespaces.
 

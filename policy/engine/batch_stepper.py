@@ -1,8 +1,8 @@
 """Continuous batching, one step at a time: requests join and leave the running batch between any two steps.
 
 A step is: admit what waits and fits (one packed prefill of exact lengths, which gives each admitted request its first
-token), then one decode of the whole batch. This class is synchronous and belongs to one thread; `policy.engine.step_engine`
-runs it on its own thread and answers asyncio callers.
+token), then one decode of the whole batch. This class is synchronous and belongs to one thread;
+`policy.engine.step_engine` runs it on its own thread and answers asyncio callers.
 
 Invariants between two steps:
 - running request i uses batch row i, sampling row i and cache slot i, for i in [0, B);

@@ -2,7 +2,7 @@
 
 The files are the record: metrics.jsonl, events.jsonl and spans.jsonl in the run folder, one JSON object a line; what
 cannot be written there fails the run. Trackers are copies behind `MetricSink`: they work in a thread of their own
-behind a bounded queue, lose rows rather than time, and can neither stop a run nor keep it waiting (rl/monitor/sinks.py).
+behind a bounded queue, lose rows rather than time, and can neither stop a run nor keep it waiting (sinks.py).
 """
 
 import time

@@ -1,4 +1,4 @@
-"""trackio, into the run's folder and nowhere else: the side of the run. trackio itself works in rl/monitor/trackio_writer.py.
+"""trackio, into the run's folder and nowhere else: the side of the run. trackio itself works in trackio_writer.py.
 
 Every row is answered, so a writer that died, hangs or lost something is noticed at the row, in the sink's thread.
 """

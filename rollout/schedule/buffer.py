@@ -8,7 +8,7 @@ Looking only at groups that are due now is not enough. S = 2, P = 1, groups a b 
 a newer d, leaves both a and b due at version 2, where one step trains one of them.
 
 `take` waits for: enough ready groups, or the slow one it may no longer pass. Woken by: `put`, `drop`, `admit`, `close`.
-Every group ends in `put` or `drop` when its episodes' deadlines pass, so with `rollout.schedule.staleness.SlotGate` before it a
+Every group ends in `put` or `drop` when its episodes' deadlines pass, so with `SlotGate` (staleness.py) before it a
 wait always ends; the timeout is for the case that somebody breaks this.
 """
 

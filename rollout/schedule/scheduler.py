@@ -1,12 +1,12 @@
 """Admits tasks, leases them to workers, and brings back each group exactly once.
 
 Invariants
-- At most (S+1)*P groups are alive; a new one is admitted only when the slot gate gives a slot (rollout/schedule/staleness.py).
+- At most (S+1)*P groups are alive; a new one is admitted only when the slot gate gives a slot (staleness.py).
 - Every issued group ends consumed or dropped with a reason, whatever workers do: a lost lease is given out again under
   a new attempt, and a late result of an old attempt is refused by the ledger.
 - A group is leased only to a worker that serves at least the version published when the group was admitted.
 - Every issued group's outcome is told to the task source, once, whatever it was.
-- A group without a learning signal may be dropped at its commit (rollout/schedule/signal_gate.py); another takes its place.
+- A group without a learning signal may be dropped at its commit (signal_gate.py); another takes its place.
 - A run whose groups mostly fail ends (`GroupsFailing`): dropped groups are replaced by new ones, for ever otherwise.
 
 Loops

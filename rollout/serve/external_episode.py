@@ -2,8 +2,8 @@
 
     reset the task -> offer the session -> [ the agent asks for turns ]* -> reward or answer -> trajectories
 
-Deadlines, locks, retries and failures are those of `rollout.play.episode`. The agent runs its tools itself. Its answer is
-scored by the task's environment; a reward it brings is taken as it is. An agent that aborts, or is lost, leaves the
+Deadlines, locks, retries and failures are those of `rollout.play.episode`. The agent runs its tools itself. Its answer
+is scored by the task's environment; a reward it brings is taken as it is. An agent that aborts, or is lost, leaves the
 reward None.
 """
 

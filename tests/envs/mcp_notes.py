@@ -1,4 +1,4 @@
-"""A stateful MCP server for tests, on the SDK: `python tests/envs/mcp_notes.py [http]`. Each session has notes of its own.
+"""A stateful MCP server for tests, on the SDK: `python mcp_notes.py [http]`. Each session has notes of its own.
 
 Over HTTP it serves on a free port of the loopback interface and prints its URL.
 """

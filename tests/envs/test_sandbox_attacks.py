@@ -1,4 +1,4 @@
-"""No attack of tests/envs/sandbox_attacks.py gets out of a sandbox, and no cheat is paid, as root and as nobody; each attack
+"""No attack of sandbox_attacks.py gets out of a sandbox, and no cheat is paid, as root and as nobody; each attack
 succeeds without a sandbox."""
 
 import functools

@@ -106,7 +106,7 @@ def cli(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
         (["env=tests.envs.failing_envs:Fragile"], "env.kwargs.where is missing"),
         (
             ["env=tests.envs.failing_envs:Indifferent", "env.level=1"],
-            "env.level=1 is out of range: .* has levels 0 to 0",
+            "env.level=1 is out of range: .* levels 0 to 0",
         ),
         (["learner.publish_every=9"], "learner.publish_every=9 would deadlock"),
     ],
@@ -123,7 +123,8 @@ def test_bad_usage_is_one_line_and_leaves_nothing(
 
 def test_a_dry_run_starts_neither_ray_nor_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; from rl.cli.main import main; code = main(['train', 'env=mix', 'policy.init=random', 'dry_run=true']);"
+        "import sys; from rl.cli.main import main;"
+        "code = main(['train', 'env=mix', 'policy.init=random', 'dry_run=true']);"
         "sys.exit(code or ('ray' in sys.modules) + 2 * ('torch' in sys.modules))"
     )
     env = os.environ | {"PYTHONPATH": str(ROOT)}

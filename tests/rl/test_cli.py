@@ -293,7 +293,8 @@ sys.exit(42)
 def test_a_signal_to_the_parents_group_reaches_the_child_once(tmp_path, name, code):
     script, ready = tmp_path / "child.py", tmp_path / "ready"
     script.write_text(CHILD.format(name=name))
-    parent_code = f"import sys; from rl.cli.child_process import run_python; sys.exit(run_python([{str(script)!r}, {str(ready)!r}]))"
+    words = [str(script), str(ready)]
+    parent_code = f"import sys; from rl.cli.child_process import run_python; sys.exit(run_python({words!r}))"
     parent = subprocess.Popen([sys.executable, "-c", parent_code], cwd=ROOT, start_new_session=True)
     deadline_s = time.monotonic() + 60
     while not ready.exists():

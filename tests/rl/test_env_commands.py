@@ -166,7 +166,8 @@ def test_the_plugin_is_offered_to_pytest_and_imports_nothing_of_shoal():
     offered = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["pytest11"]
     module = importlib.import_module(offered["shoal"])
     assert module.shoal_env_check is shoal_env_check
-    code = "import sys, rl.cli.pytest_plugin; sys.exit(any(m in sys.modules for m in ('envs', 'numpy', 'pydantic', 'rich')))"
+    code = "import sys, rl.cli.pytest_plugin\n"
+    code += "sys.exit(any(m in sys.modules for m in ('envs', 'numpy', 'pydantic', 'rich')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
 
 
