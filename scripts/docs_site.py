@@ -1,6 +1,6 @@
 """Hook of mkdocs: pages link to source files beside docs/, so the site gets a page of each that is linked to.
 
-On the site `../rl/algorithm/learner.py` becomes `source/rl/train.py.html`, coloured, with line numbers; a folder becomes text.
+On the site `../rl/train.py` becomes `source/rl/train.py.html`, coloured, numbered; a folder is text.
 """
 
 import re
