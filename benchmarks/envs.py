@@ -26,7 +26,7 @@ from envs.base import AgentEnv, call
 from envs.outcome import EnvHost
 from envs.task import Task
 from envs.tool import tool
-from rl.cluster.protocol import start_ray
+from rl.cluster.ray_start import start_ray
 
 RESULT = Path(__file__).parent / "results" / "envs.json"
 STAGES = (1_000, 10_000)

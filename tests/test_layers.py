@@ -15,7 +15,7 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 
 ALLOWED: dict[str, tuple[str, ...]] = {
-    "ray": ("*/actors.py", "rl/cluster/protocol.py"),
+    "ray": ("*/actors.py", "rl/cluster/*.py"),
     "wandb": ("rl/monitor/wandb_sink.py",),
     "trackio": ("rl/monitor/trackio_writer.py",),
     "vllm": ("policy/vllm/*.py",),

@@ -26,11 +26,11 @@ from policy.engine.protocol import CachePolicy, Completion, GenerationRequest
 from policy.model.hf_model import load_policy_model
 from policy.sync.snapshot import PolicySnapshot, WeightSyncError
 from rl.algorithm.learner import SelfCheckError
-from rl.algorithm.learner_service import build_learner
 from rl.cli.main import main
+from rl.cluster.learner_service import build_learner
+from rl.loop.tasks import task_entries
 from rl.monitor.json_lines import JsonLines
 from rl.runs.run_folder import RunFolder
-from rl.train import task_entries
 from rollout.dialects.dialect import make_renderer
 from rollout.record.ledger import read_audit
 from rollout.record.recorder import Recorder, StoredTrajectory, TrajectoryReader

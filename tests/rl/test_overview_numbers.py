@@ -30,8 +30,8 @@ from policy.model.checkpoint_io import load_numpy_tensors
 from policy.model.hybrid import PRESETS, HybridModel
 from rl.cluster.protocol import LearnerClient
 from rl.dashboard.server import Dashboard, Stop
-from rl.loop.checkpoint import read_checkpoint
 from rl.loop.step_time import PARTS
+from rl.runs.checkpoint import read_checkpoint
 from rl.runs.run_folder import RunFolder
 from rollout.dialects.dialect import make_renderer
 from rollout.record.lineage import STATE_AFTER
