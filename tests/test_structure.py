@@ -11,6 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("rl", "rollout", "envs", "policy", "conf")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+SITE = ROOT / "policy" / "vllm" / "vllm_site"
+"""Holds a sitecustomize.py for other processes; no package of ours."""
 MAX_FILES_OF_A_FOLDER = 18
 MAX_MEDIAN_LINES = 150
 
@@ -63,7 +65,9 @@ def test_half_of_the_files_are_short():
     assert statistics.median(path.read_text().count("\n") for path in FILES) <= MAX_MEDIAN_LINES
 
 
-@pytest.mark.parametrize("folder", sorted({path.parent for path in FILES}), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "folder", sorted({path.parent for path in FILES} - {SITE}), ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_each_wing_says_in_a_few_lines_what_it_is(folder: Path):
     lines = (folder / "__init__.py").read_text().splitlines() if (folder / "__init__.py").exists() else []
     docstring = ast.get_docstring(ast.parse("\n".join(lines))) or ""
