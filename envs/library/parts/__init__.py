@@ -1,1 +1,1 @@
-"""What the environments of the library are made of: a file tree, a form, pictures, SQL that only reads, a web server."""
+"""What the environments of the library are made of: files, forms, pictures, SQL that only reads, a server."""
