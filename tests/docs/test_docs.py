@@ -275,3 +275,10 @@ def test_messages_that_the_faq_quotes_are_in_the_code() -> None:
 
 def _sources(folder: str) -> Iterator[Path]:
     return (ROOT / folder).rglob("*.py")
+
+
+def test_the_places_to_begin_a_change_are_there() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = [row.split("|")[2] for row in page[page.index("| to change |") :].splitlines() if row.startswith("|")][2:]
+    places = [place for row in rows for place in re.findall(r"`([^`]+)`", row)]
+    assert len(rows) >= 20 and [place for place in places if not (ROOT / place).exists()] == []
