@@ -1,7 +1,7 @@
 """What the documentation says is so: its code runs, its links lead somewhere, its tables are those of the code.
 
 Every block of code runs, here or in the test that `ELSEWHERE` names, or says why not, just above itself:
-`<!-- not run here: it trains for minutes -->`. What is typed in one is parsed and its settings are checked all the same.
+`<!-- not run here: it trains for minutes -->`. What is typed in one is parsed, and its settings are checked.
 """
 
 import importlib
