@@ -181,7 +181,7 @@ def main() -> None:
         "machine": describe_machine(),
         "sources": {s: measure(s) for s in args.only.split(",")},
     }
-    save_result(args.output, result)
+    result = save_result(args.output, result)
     counts = {s: [r["listed"], r["driven"], r["seconds"]] for s, r in result["sources"].items()}
     print(json.dumps(result if args.json else counts))
 

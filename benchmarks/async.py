@@ -90,7 +90,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args()
     result = measure(args.steps, args.pairs, args.words.split())
-    save_result(args.output, result)
+    result = save_result(args.output, result)
     if args.json:
         print(json.dumps(result))
     else:

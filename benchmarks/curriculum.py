@@ -168,6 +168,7 @@ def main() -> int:
     parser.add_argument("--final-tasks", type=int, default=400, help="of the first and the last")
     parser.add_argument("--root", type=Path, default=CHECKOUT / "runs" / "bench-curriculum")
     parser.add_argument("--levels", default="", help="settings of levels alone, e.g. 'curriculum.promote=0.5'")
+    parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("overrides", nargs="*", help="settings of both sides, e.g. engine.max_model_tokens=384")
     args = parser.parse_args()
     args.warm, args.root = args.warm.absolute(), args.root.absolute()
@@ -177,7 +178,7 @@ def main() -> int:
             sides.append(measure_side(args, side, seed))
             print(json.dumps(sides[-1]), file=sys.stderr, flush=True)
     ratio = compare(sides)
-    earlier = json.loads(RESULT.read_text()) if RESULT.exists() else {"ratios": {}, "figures": {}}
+    earlier = json.loads(args.output.read_text()) if args.output.exists() else {"ratios": {}, "figures": {}}
     key = f"levels_over_uniform_{args.env}"
     result = {
         "name": "curriculum",
@@ -187,7 +188,7 @@ def main() -> int:
         "machine": describe_machine(),
         "paired": True,
     }
-    save_result(RESULT, result)
+    result = save_result(args.output, result)
     if args.json:
         print(json.dumps(result))
     else:

@@ -395,7 +395,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_other_kept = arguments.only and arguments.output.exists()
     result = joined(json.loads(arguments.output.read_text()) if is_other_kept else {}, parts)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    save_result(arguments.output, result)
+    result = save_result(arguments.output, result)
     print(json.dumps(result) if arguments.json else json.dumps(result["figures"], indent=2))
     return 0
 

@@ -379,7 +379,7 @@ def main() -> int:
     ratios = {name: round(statistics.median(figures[task]["speedup_per_pair"]), 3) for name, task in RATIOS.items()}
     result = {"name": "e2e", "ratios": ratios, "figures": figures, "machine": describe_machine(), "paired": True}
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    save_result(args.output, result)
+    result = save_result(args.output, result)
     if args.json:
         print(json.dumps(result))
     else:

@@ -1,6 +1,6 @@
 """The local engine against transformers' `generate`, paired: the same weights, prompts, output lengths and threads.
 
-    shoal bench engine [--threads 1] [--repeats 3] [--json]
+    shoal bench engine [--threads 1] [--repeats 3] [--batches 16,64] [--json]
 
 Both sample at temperature 1 from a tiny hybrid model in fp32. Prompt and output lengths are fixed in
 engine_requests.json. `generate` runs all requests as one left-padded batch until the longest output is done; of its
@@ -96,6 +96,10 @@ def local_side(folder: Path, threads: int) -> Generate:
 def transformers_side(folder: Path, threads: int) -> Generate:
     """transformers' generate on one left-padded batch."""
     import torch
+
+    from policy.vllm.packages import mend_imports
+
+    mend_imports()  # beside a CPU build of torch, a torchvision that cannot load
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -151,18 +155,19 @@ def paired(sides: dict[str, Generate], count: int, repeats: int, vocab_size: int
     return rates
 
 
-def run_child(side: str, folder: Path, threads: int, vocab_size: int) -> None:
+def run_child(side: str, folder: Path, threads: int, vocab_size: int, batch: int) -> None:
     """One side alone: say when the first token is there, run the largest batch, say the peak memory."""
     generate = SIDES[side](folder, threads)
     generate([np.ones(16, np.int32)], [1])
     print("ready", flush=True)
-    generate(*load_requests(max(BATCHES), vocab_size))
+    generate(*load_requests(batch, vocab_size))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, flush=True)
 
 
-def measure_child(side: str, folder: Path, threads: int) -> dict[str, float]:
+def measure_child(side: str, folder: Path, threads: int, batch: int) -> dict[str, float]:
     """Seconds to the first token and peak MiB of one side in a process of its own."""
     command = [sys.executable, __file__, "--child", side, "--folder", str(folder), "--threads", str(threads)]
+    command += ["--batches", str(batch)]
     paths = os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")])
     started = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": paths}) as child:
@@ -175,11 +180,11 @@ def measure_child(side: str, folder: Path, threads: int) -> dict[str, float]:
     return {"start_s": round(start_s, 2), "peak_mib": round(float(output.split()[-1]), 1)}
 
 
-def measure(folder: Path, threads: int, repeats: int, vocab_size: int) -> dict[str, object]:
+def measure(folder: Path, threads: int, repeats: int, vocab_size: int, batches: Sequence[int]) -> dict[str, object]:
     save_weights(folder)
-    alone = {side: measure_child(side, folder, threads) for side in SIDES}
+    alone = {side: measure_child(side, folder, threads, max(batches)) for side in SIDES}
     sides = {name: make(folder, threads) for name, make in SIDES.items()}
-    rates = {count: paired(sides, count, repeats, vocab_size) for count in BATCHES}
+    rates = {count: paired(sides, count, repeats, vocab_size) for count in batches}
     ratios = {
         f"speedup_over_transformers_{count}": round(
             statistics.median(a / b for a, b in zip(side["local"], side["transformers"], strict=True)), 2
@@ -187,7 +192,7 @@ def measure(folder: Path, threads: int, repeats: int, vocab_size: int) -> dict[s
         for count, side in rates.items()
     }
     ratios["speedup_over_transformers"] = min(ratios.values())
-    figures = {f"{name}_tokens_per_second_{count}": rate for count in BATCHES for name, rate in rates[count].items()}
+    figures = {f"{name}_tokens_per_second_{count}": rate for count in batches for name, rate in rates[count].items()}
     figures |= {f"{name}_{what}": value for name, values in alone.items() for what, value in values.items()}
     lengths = json.loads((FOLDER / "engine_requests.json").read_text())
     figures |= {"threads": threads, "preset": PRESET, "requests": lengths}
@@ -198,6 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=1, help="torch threads of both sides")
     parser.add_argument("--repeats", type=int, default=3, help="pairs of runs")
+    parser.add_argument("--batches", default=",".join(map(str, BATCHES)), help="numbers of requests, at most 64")
     parser.add_argument("--output", type=Path, default=FOLDER / "results" / "engine.json")
     parser.add_argument("--json", action="store_true", help="the result as the last line of output")
     parser.add_argument("--child", choices=sorted(SIDES), help=argparse.SUPPRESS)
@@ -206,13 +212,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from policy.model.hybrid import PRESETS
 
     vocab_size = PRESETS[PRESET].vocab_size
+    batches = [int(word) for word in arguments.batches.split(",")]
     if arguments.child:
-        run_child(arguments.child, arguments.folder, arguments.threads, vocab_size)
+        run_child(arguments.child, arguments.folder, arguments.threads, vocab_size, batches[0])
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(Path(folder), arguments.threads, arguments.repeats, vocab_size)
+        result = measure(Path(folder), arguments.threads, arguments.repeats, vocab_size, batches)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    save_result(arguments.output, result)
+    result = save_result(arguments.output, result)
     print(json.dumps(result) if arguments.json else json.dumps(result["ratios"], indent=2))
     return 0
 

@@ -67,7 +67,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args()
     result = measure(args.only.split(","), args.seeds)
-    save_result(args.output, result)
+    result = save_result(args.output, result)
     figures = result["figures"]
     print(json.dumps(result) if args.json else f"{figures['passed']} of {figures['checked']} environments passed")
     return 0 if figures["passed"] == figures["checked"] else 1

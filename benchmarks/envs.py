@@ -196,7 +196,7 @@ def main() -> int:
     args = parser.parse_args()
     result = asyncio.run(measure(args.live, args.actors))
     if args.live >= 100_000:
-        save_result(RESULT, result)
+        result = save_result(RESULT, result)
     if args.json:
         print(json.dumps(result))
     else:

@@ -102,7 +102,7 @@ def main() -> None:
         "machine": describe_machine(),
         "paired": True,
     }
-    save_result(words.output, result)
+    result = save_result(words.output, result)
     if words.json:
         print(json.dumps(result))
         return

@@ -20,7 +20,6 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "envs": ("envs/pool", "envs/base.py"),
     "learning": _LOOP,
     "sandbox": ("envs/sandbox",),
-    "vllm_contract": ("policy/vllm", "policy/engine"),
     "vllm_demo": ("policy/vllm", *_LOOP),
     "vllm_engine": ("policy/vllm", "policy/engine"),
     "vllm_kills": ("policy/vllm", "rollout"),

@@ -55,14 +55,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="the result as one JSON object, last line")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--words", default="", help="further settings of both runs; nothing is written then")
+    parser.add_argument("--words", default="", help="further settings of both runs; written with --output alone")
+    parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="shoal-demo-") as root:
         found = {name: train(Path(root), name, args.seed, args.words.split()) for name in ("local", "vllm")}
     met = is_met(found["local"], found["vllm"])
     result = {"name": "vllm_demo", "figures": found, "met": met, "machine": describe_machine()}
-    if not args.words:
-        save_result(RESULT, result)
+    if args.output or not args.words:
+        result = save_result(args.output or RESULT, result)
     print(json.dumps(result) if args.json else json.dumps(found, indent=2))
     return 0 if met else 1
 

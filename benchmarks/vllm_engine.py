@@ -15,6 +15,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ PROMPT, NEW = 32, 64
 PUSHES = 20
 
 
-async def measure(repeats: int) -> dict[str, Any]:
+async def measure(repeats: int, batches: Sequence[int]) -> dict[str, Any]:
     import torch
 
     from conf.schema import EngineConfig, VllmConfig
@@ -63,7 +64,7 @@ async def measure(repeats: int) -> dict[str, Any]:
             pushes = [await push(engine, PolicySnapshot.create(1 + i, tensors)) for i in range(PUSHES)]
             found[f"{name}_push_ms"] = round(1e3 * statistics.median(pushes), 1)
             await tokens_per_s(engine, 16)  # warm up
-        for batch in BATCHES:
+        for batch in batches:
             pairs = [[await tokens_per_s(engine, batch) for engine in engines.values()] for _ in range(repeats)]
             for name, rates in zip(engines, zip(*pairs, strict=True), strict=True):
                 found[f"{name}_tokens_per_s_{batch}"] = round(statistics.median(rates))
@@ -103,9 +104,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="the result as one JSON object, last line")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batches", default=",".join(map(str, BATCHES)), help="numbers of requests")
+    parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args()
-    result = asyncio.run(measure(args.repeats))
-    save_result(RESULT, result)
+    result = asyncio.run(measure(args.repeats, [int(word) for word in args.batches.split(",")]))
+    result = save_result(args.output, result)
     print(json.dumps(result if args.json else result["ratios"]))
     return 0
 

@@ -136,13 +136,14 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="the result as one JSON object, last line")
     parser.add_argument("--kills", type=int, default=20, help="at most 20, the restarts of a worker")
     parser.add_argument("--process", choices=["inproc", "core"], default="inproc")
+    parser.add_argument("--output", type=Path, help="default: a file in benchmarks/results")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="shoal-kills-") as root:
         found = count(train(Path(root), args.kills, args.process))
     name = "vllm_kills" if args.process == "inproc" else "vllm_kills_core"
     met = is_intact(found) and found["kills"] == args.kills
     result = {"name": name, "figures": found, "met": met, "machine": describe_machine()}
-    save_result(RESULTS / f"{name}.json", result)
+    result = save_result(args.output or RESULTS / f"{name}.json", result)
     print(json.dumps(result) if args.json else json.dumps(found, indent=2))
     return 0 if met else 1
 

@@ -36,7 +36,9 @@ from rollout.worker import vllm_settings
 
 SEPARATE = ("cluster.learner_gpus=1", "cluster.worker_gpus=1")
 SHARED = ("cluster=gpu_shared",)
-TWO_RANKS = ("engine=vllm", "engine.vllm.tensor_parallel=2", "cluster=gpu_separate", "cluster.worker_gpus=2")
+ELSEWHERE = "cluster.address=10.0.0.1:6379"
+"""A cluster of other machines: then vLLM need not be installed on this one."""
+TWO_RANKS = ("engine=vllm", "engine.vllm.tensor_parallel=2", "cluster=gpu_separate", "cluster.worker_gpus=2", ELSEWHERE)
 
 
 def planned(*overrides: str) -> Plan:
@@ -95,7 +97,7 @@ def test_vllm_asks_for_the_memory_of_its_share_unless_the_user_says_how_much(
     words: list[str], asked: float | None
 ) -> None:
     """What it asks for must be free when it starts; of a shared GPU its default, 0.92, never is."""
-    settings = vllm_settings(load_config(["engine=vllm", *words]))
+    settings = vllm_settings(load_config(["engine=vllm", ELSEWHERE, *words]))
     core = VllmCore(PRESETS["tiny_hybrid"], settings)
     assert core._arguments("folder", returns_routes=False).get("gpu_memory_utilization") == asked
 
