@@ -50,7 +50,8 @@ def save_weights(folder: Path) -> None:
     import torch
 
     from policy.model.checkpoint_io import save_model
-    from policy.model.hybrid import PRESETS, HybridModel
+    from policy.model.hybrid import HybridModel
+    from policy.model.hybrid_config import PRESETS
 
     torch.manual_seed(0)
     save_model(HybridModel(PRESETS[PRESET]), folder)
@@ -202,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--child", choices=sorted(SIDES), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    from policy.model.hybrid import PRESETS
+    from policy.model.hybrid_config import PRESETS
 
     vocab_size = PRESETS[PRESET].vocab_size
     if arguments.child:

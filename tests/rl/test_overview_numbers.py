@@ -27,7 +27,8 @@ from envs.outcome import EnvHost
 from envs.registry import make_env
 from policy.engine.protocol import Completion, EngineStats, GenerationRequest
 from policy.model.checkpoint_io import load_numpy_tensors
-from policy.model.hybrid import PRESETS, HybridModel
+from policy.model.hybrid import HybridModel
+from policy.model.hybrid_config import PRESETS
 from rl.cluster.protocol import LearnerClient
 from rl.dashboard.server import Dashboard, Stop
 from rl.loop.checkpoint import read_checkpoint
