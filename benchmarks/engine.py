@@ -51,7 +51,8 @@ def save_weights(folder: Path) -> None:
     import torch
 
     from policy.model.checkpoint_io import save_model
-    from policy.model.hybrid import PRESETS, HybridModel
+    from policy.model.hybrid import HybridModel
+    from policy.model.hybrid_config import PRESETS
 
     torch.manual_seed(0)
     save_model(HybridModel(PRESETS[PRESET]), folder)
@@ -97,7 +98,7 @@ def transformers_side(folder: Path, threads: int) -> Generate:
     """transformers' generate on one left-padded batch."""
     import torch
 
-    from policy.vllm.packages import mend_imports
+    from policy.import_guard import mend_imports
 
     mend_imports()  # beside a CPU build of torch, a torchvision that cannot load
     from transformers import AutoModelForCausalLM
@@ -209,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--child", choices=sorted(SIDES), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    from policy.model.hybrid import PRESETS
+    from policy.model.hybrid_config import PRESETS
 
     vocab_size = PRESETS[PRESET].vocab_size
     batches = [int(word) for word in arguments.batches.split(",")]

@@ -38,7 +38,8 @@ async def measure(repeats: int, batches: Sequence[int]) -> dict[str, Any]:
     from conf.schema import EngineConfig, VllmConfig
     from policy.engine.local_engine import LocalEngine
     from policy.model.checkpoint_io import expected_tensors, to_numpy_tensors
-    from policy.model.hybrid import PRESETS, HybridModel
+    from policy.model.hybrid import HybridModel
+    from policy.model.hybrid_config import PRESETS
     from policy.sync.snapshot import PolicySnapshot
     from policy.vllm.engine import VllmEngine
 

@@ -18,8 +18,7 @@ from rollout.record.trajectory import Trajectory, TrajectoryGroup
 from rollout.schedule.lease import Lease, WorkerLost, WorkerStatus
 
 if TYPE_CHECKING:
-    from policy.engine.protocol import Snapshot
-    from policy.sync.weight_files import StoredSnapshot
+    from policy.sync.transport import PublishedSnapshot
 
 T = TypeVar("T")
 LOST = (RayActorError, WorkerCrashedError, GetTimeoutError)
@@ -93,7 +92,7 @@ class RolloutWorkerActor:
     async def run_lease(self, lease: Lease) -> TrajectoryGroup:
         return await self._or_end(self._worker.run_lease(lease))
 
-    async def load_weights(self, snapshot: "Snapshot | StoredSnapshot") -> int:
+    async def load_weights(self, snapshot: "PublishedSnapshot") -> int:
         return await self._or_end(self._worker.load_weights(snapshot))
 
     async def pin(self, version: int) -> None:

@@ -17,12 +17,12 @@ from conf.schema import EngineConfig, RolloutConfig, TrainConfig
 from envs.outcome import EnvHost
 from envs.task import Task
 from policy.engine.local_engine import LocalEngine
-from policy.engine.protocol import CachePolicy, Engine, EngineClosed, Snapshot
+from policy.engine.protocol import CachePolicy, Engine, EngineClosed
 from policy.model.checkpoint_io import expected_tensors
 from policy.model.device import claim_device
 from policy.model.hf_model import load_policy_model
 from policy.model.hybrid import HybridModel
-from policy.sync.weight_files import StoredSnapshot
+from policy.sync.transport import PublishedSnapshot, arrived
 from policy.vllm.engine import VllmEngine
 from rollout.dialects.dialect import Renderer, make_renderer
 from rollout.play.episode import EpisodeSettings, run_episode
@@ -77,10 +77,9 @@ class RolloutWorker:
         self._groups = 0
         self._episodes = 0
 
-    async def load_weights(self, snapshot: Snapshot | StoredSnapshot) -> int:
+    async def load_weights(self, published: PublishedSnapshot) -> int:
         """Wait for the lock, verify, swap. Raises `WeightSyncError` and keeps the old version where they differ."""
-        if isinstance(snapshot, StoredSnapshot):
-            snapshot = snapshot.open()
+        snapshot = arrived(published)
         await asyncio.wait_for(self._pinned.wait(), self._config.episode_deadline_s * 2)
         async with self._lock.swap():
             self._failpoint.hit("swap")

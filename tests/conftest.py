@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from policy.vllm.packages import mend_imports
+from policy.import_guard import mend_imports
 
 REQUIRED = "SHOAL_REQUIRE"
 """Variable with markers, separated by commas: a skipped test that carries one of them has failed. CI sets it."""

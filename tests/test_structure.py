@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("rl", "rollout", "envs", "policy", "conf")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-SITE = ROOT / "policy" / "vllm" / "vllm_site"
+SITE = ROOT / "policy" / "import_site"
 """Holds a sitecustomize.py for other processes; no package of ours."""
 WINGS = sorted({path.parent for path in FILES} - {SITE})
 MAX_FILES_OF_A_FOLDER = 18

@@ -1,6 +1,6 @@
 """The Engine protocol: token ids in, token ids and what is known about each of them out.
 
-An engine knows nothing about messages, tools or rewards. Every engine passes tests/test_policy_engine_*.py.
+An engine knows nothing about messages, tools or rewards. Every engine passes tests/policy/test_engine_contract.py.
 """
 
 from dataclasses import dataclass
@@ -8,15 +8,12 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from policy.sync.snapshot import PolicySnapshot
-from policy.sync.weight_offer import OfferedSnapshot
+from policy.sync.transport import Snapshot
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
 """Temperatures allowed beside 0; outside, logits in fp32 lose their meaning."""
 FinishReason = Literal["stop", "length", "abort", "deadline"]
 CachePolicy = Literal["keep", "recompute"]
-Snapshot = PolicySnapshot | OfferedSnapshot
-"""Weights of a version, here or to be pulled."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

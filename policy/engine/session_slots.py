@@ -62,11 +62,6 @@ class SessionSlots:
     def num_sessions(self) -> int:
         return len(self._kept) - self._num_prompts
 
-    @property
-    def kept_states(self) -> list[KeptState]:
-        """Least recently used first."""
-        return list(self._kept.values())
-
     def find_session(self, session_id: str, prompt_ids: np.ndarray) -> KeptState | None:
         """The state of this session if it is that of a proper prefix of the prompt."""
         kept = self._kept.get(("session", session_id))

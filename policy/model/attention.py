@@ -8,17 +8,14 @@ Rotary positions: arXiv 2104.09864. Weights and arithmetic are those of transfor
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from policy.model.hybrid_config import HybridConfig
 from policy.model.norm import RmsNorm
 from policy.model.packing import Bucket, Packing, place_rows, spread_rows, take_rows
-
-if TYPE_CHECKING:
-    from policy.model.hybrid import HybridConfig
 
 
 def rotary_tables(positions: Tensor, rotated: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -69,7 +66,7 @@ class AttentionStep:
     """(B, 1, keys): 0 where a slot has a key, else -inf; keys = the most that any slot has."""
 
     @staticmethod
-    def create(lengths: list[int], config: "HybridConfig", *, max_tokens: int, device: torch.device) -> "AttentionStep":
+    def create(lengths: list[int], config: HybridConfig, *, max_tokens: int, device: torch.device) -> "AttentionStep":
         size, groups, keys = len(lengths), config.num_key_value_heads, max(lengths) + 1
         position = torch.tensor(lengths, device=device)
         row = torch.arange(0, size * groups * max_tokens, max_tokens, device=device).view(size, groups)
@@ -84,7 +81,7 @@ class AttentionStep:
 class Attention(nn.Module):
     """A full-attention mixer; parameter names as in transformers' Qwen3_5Attention."""
 
-    def __init__(self, config: "HybridConfig") -> None:
+    def __init__(self, config: HybridConfig) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.eps = config.head_dim, config.rms_norm_eps

@@ -7,18 +7,16 @@ Weights and arithmetic are those of transformers' qwen3_5; here state and convol
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from policy.model.delta_rule import chunked_delta_rule
+from policy.model.hybrid_config import HybridConfig
 from policy.model.norm import Gain, l2_norm, rms_norm
 from policy.model.packing import Packing, place_rows, spread_rows, take_rows
-
-if TYPE_CHECKING:
-    from policy.model.hybrid import HybridConfig
 
 CHUNK_SIZE = 32
 """Tokens solved together. 32 beats 64 on a CPU: the work inside a chunk grows with its square."""
@@ -85,7 +83,7 @@ class DeltaNetDecodeWeights:
 class GatedDeltaNet(nn.Module):
     """A linear-attention mixer; parameter names as in transformers' Qwen3_5GatedDeltaNet."""
 
-    def __init__(self, config: "HybridConfig") -> None:
+    def __init__(self, config: HybridConfig) -> None:
         super().__init__()
         self.num_heads, self.num_key_heads = config.linear_num_value_heads, config.linear_num_key_heads
         self.key_dim, self.value_dim = config.linear_key_head_dim, config.linear_value_head_dim

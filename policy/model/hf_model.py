@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import PolicyConfig
+from policy.import_guard import mend_imports
 from policy.model.checkpoint_io import load_model, read_config
 from policy.model.hybrid import HybridModel, HybridOutput
 from policy.model.hybrid_config import MODEL_TYPES, PRESETS
 from policy.model.model import PolicyModel
 from policy.model.packing import similar_lengths
-from policy.vllm.packages import mend_imports
 
 PADDED_TOKENS = 8192
 """Most tokens of one right-padded batch, padding included."""

@@ -18,13 +18,11 @@ from torch import Tensor, nn
 from policy.model.attention import Attention, AttentionDecodeWeights, AttentionStep, rotary_tables
 from policy.model.cache import HybridCache, LayerState
 from policy.model.gated_delta_net import CHUNK_SIZE, DeltaNetDecodeWeights, DeltaNetState, GatedDeltaNet
-from policy.model.hybrid_config import LINEAR, PRESETS, HybridConfig
+from policy.model.hybrid_config import LINEAR, HybridConfig
 from policy.model.model import PolicyModel
 from policy.model.moe import Mlp, MlpDecodeWeights, MoeDecodeWeights, SparseMoe
 from policy.model.norm import RmsNorm
 from policy.model.packing import Packing
-
-__all__ = ["PRESETS", "HybridConfig", "HybridModel", "HybridOutput"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,16 +8,14 @@ Weights and arithmetic are those of transformers' qwen3_5 and qwen3_5_moe.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from policy.model.hybrid_config import HybridConfig
 from policy.model.packing import take_rows
-
-if TYPE_CHECKING:
-    from policy.model.hybrid import HybridConfig
 
 MAX_DENSE_EXPERTS = 32
 """Up to this many experts a decode step computes all of them in one product, which beats many small ones."""
@@ -114,7 +112,7 @@ class MoeDecodeWeights:
 class SparseMoe(nn.Module):
     """Top-k routed experts and a shared expert; parameter names as in transformers' Qwen3_5MoeSparseMoeBlock."""
 
-    def __init__(self, config: "HybridConfig") -> None:
+    def __init__(self, config: HybridConfig) -> None:
         super().__init__()
         hidden, width = config.hidden_size, config.moe_intermediate_size
         self.num_experts, self.top_k = config.num_experts, config.num_experts_per_tok

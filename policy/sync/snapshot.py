@@ -1,6 +1,7 @@
 """Versioned weights as data: what a learner publishes and an engine verifies before it serves.
 
-A snapshot is refused as a whole: names, shapes, dtypes and digests must all agree (pitfalls A4).
+A snapshot is refused as a whole: names, shapes, dtypes and digests must all agree, so
+that no worker goes on with part of another version while a sync says that it went well.
 """
 
 import hashlib

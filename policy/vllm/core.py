@@ -106,7 +106,7 @@ class VllmCore:
             "enable_return_routed_experts": returns_routes,
             "async_scheduling": False,  # a step returns its own tokens, so they are of the weights that serve now
             "logprobs_mode": "processed_logprobs",
-            "worker_extension_cls": "policy.vllm.rank_extension.WorkerExtension",
+            "worker_extension_cls": "policy.vllm.rank_extension.RankExtension",
         }
         return arguments | own.extra
 

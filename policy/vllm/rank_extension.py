@@ -1,6 +1,6 @@
 """What runs where vLLM's model lives: in the rollout worker's process, or in processes of its own.
 
-vLLM makes its worker class inherit from `WorkerExtension` (`worker_extension_cls`), by name, so nothing has to be
+vLLM makes its worker class inherit from `RankExtension` (`worker_extension_cls`), by name, so nothing has to be
 pickled but arguments and answers. Both are plain text and bytes: vLLM's messages between processes hold no more.
 """
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 watch_announced()  # vLLM imports this while it starts, which takes a minute on a busy machine
 
 
-class WorkerExtension:
+class RankExtension:
     """Methods of vLLM's worker, called by `LLMEngine.collective_rpc("shoal_...")`. A name of vLLM's own would clash."""
 
     model_runner: Any

@@ -23,21 +23,20 @@ class LearnerActor:
 
         log_to_file(log_folder, "learner")
         self._service = LearnerService(config)
-        self._publish = self._publisher(config, Path(log_folder).parent / "weights")
+        self._publish = self._publisher(config, Path(log_folder).parent)
         self._keep = config.run.keep_checkpoints
 
-    def _publisher(self, config: TrainConfig, folder: Path) -> "Callable[[PolicySnapshot], object]":
+    def _publisher(self, config: TrainConfig, run_folder: Path) -> "Callable[[PolicySnapshot], object]":
         """What makes of a snapshot what travels through Ray."""
-        from policy.sync.weight_files import StoredSnapshot
-        from policy.sync.weight_sender import WeightSender
+        from policy.sync.transport import publisher
 
-        keep = config.rollout.max_staleness + 2  # while an evaluation holds a version, at most max_staleness + 1 follow
-        if config.engine.vllm.transport == "files":
-            return lambda snapshot: StoredSnapshot.write(snapshot, folder, keep=keep)
-        if config.engine.vllm.transport == "broadcast":
-            device = self._service.learner.model.device
-            return WeightSender(ray.util.get_node_ip_address(), keep=keep, device=device).offer
-        return lambda snapshot: snapshot
+        return publisher(
+            config.engine.vllm.transport,
+            run_folder=run_folder,
+            keep=config.rollout.max_staleness + 2,  # while an evaluation holds a version, max_staleness + 1 may follow
+            host=ray.util.get_node_ip_address(),
+            device=self._service.learner.model.device,
+        )
 
     def ready(self) -> bool:
         return True

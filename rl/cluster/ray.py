@@ -59,11 +59,12 @@ class RayCluster:
         return self
 
     async def _start(self, config: TrainConfig, folder: Path) -> None:
+        from policy.sync.transport import weights_folder
         from rl.cluster.actors import LearnerActor, RayLearner
         from rollout.actors import RayWorkerClient, RolloutWorkerActor, answer, connect
 
         deadline_s, logs = config.cluster.start_timeout_s, str((folder / "logs").resolve())
-        self._weights = folder / "weights" if config.engine.vllm.transport == "files" else None
+        self._weights = weights_folder(config.engine.vllm.transport, folder)
         self._remove_weights()  # of a life that was killed
         wanted = plan(config)
         # the driver's working directory reaches actors, so that environments beside it import there too

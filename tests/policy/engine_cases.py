@@ -16,7 +16,8 @@ from policy.engine.protocol import (
     Engine,
 )
 from policy.model.checkpoint_io import expected_tensors, to_numpy_tensors
-from policy.model.hybrid import PRESETS, HybridModel
+from policy.model.hybrid import HybridModel
+from policy.model.hybrid_config import PRESETS
 from policy.sync.snapshot import PolicySnapshot
 from policy.vllm.core import HANG_S
 from policy.vllm.engine import VllmEngine

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from policy.model.checkpoint_io import expected_tensors, load_model, load_numpy_tensors, save_model, to_numpy_tensors
-from policy.model.hybrid import HybridConfig
+from policy.model.hybrid_config import HybridConfig
 from policy.sync.snapshot import PolicySnapshot, WeightSyncError
 from tests.policy.tiny_models import MOE, SHAPE, random_model, random_tokens, starts_of, transformers_model
 

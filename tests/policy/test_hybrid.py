@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from policy.model.hybrid import PRESETS, HybridConfig, HybridModel
+from policy.model.hybrid import HybridModel
+from policy.model.hybrid_config import PRESETS, HybridConfig
 from policy.model.moe import SparseMoe
 from tests.policy.tiny_models import MOE, SHAPE, random_model, random_tokens, starts_of, transformers_model
 

@@ -15,7 +15,8 @@ from policy.engine.protocol import Completion, EngineClosed, EngineError, Genera
 from policy.engine.running_batch import Ticket
 from policy.engine.sampling import stream_key
 from policy.model.checkpoint_io import to_numpy_tensors
-from policy.model.hybrid import PRESETS, HybridModel
+from policy.model.hybrid import HybridModel
+from policy.model.hybrid_config import PRESETS
 from policy.model.logprobs import token_logprobs
 from policy.sync.snapshot import PolicySnapshot, WeightSyncError
 from policy.sync.weight_offer import OfferedSnapshot

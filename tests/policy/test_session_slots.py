@@ -41,7 +41,7 @@ def test_slots_always_hold_what_they_are_said_to(num_slots: int, max_running: in
             text = f"{session}:" + "x" * int(rng.integers(0, 3))
             kept: KeptState | None = slots.find_prompt(ids_of(text).tobytes())
             if rng.integers(0, 2):
-                longer = next((k for k in slots.kept_states if k.key == ("session", session)), None)
+                longer = next((k for k in slots._kept.values() if k.key == ("session", session)), None)
                 kept = None if longer is None else slots.find_session(session, np.append(longer.token_ids, 65))
                 text = text if kept is None else bytes(kept.token_ids.astype(np.uint8)).decode()
             num_reused += kept is not None
@@ -64,13 +64,13 @@ def test_slots_always_hold_what_they_are_said_to(num_slots: int, max_running: in
         elif action == 9:
             slots.drop_session(f"s{rng.integers(0, 8)}")
         assert cache.texts[: len(running)] == [text for _, text in running]
-        used = list(range(len(running))) + [kept.slot for kept in slots.kept_states]
+        used = list(range(len(running))) + [kept.slot for kept in slots._kept.values()]
         assert len(set(used)) == len(used) <= num_slots
-        for kept in slots.kept_states:
+        for kept in slots._kept.values():
             assert cache.texts[kept.slot] == bytes(kept.token_ids.astype(np.uint8)).decode()
     assert num_reused > 20
     slots.drop_kept(sessions=True)
-    assert slots.kept_states == []
+    assert not slots._kept
     assert slots.num_sessions == 0
 
 

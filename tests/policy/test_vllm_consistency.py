@@ -12,7 +12,8 @@ from envs.check.demonstration import demonstrate
 from envs.registry import make_env
 from policy.engine.protocol import GenerationRequest, SamplingSpec
 from policy.model.checkpoint_io import expected_tensors, to_numpy_tensors
-from policy.model.hybrid import PRESETS, HybridModel
+from policy.model.hybrid import HybridModel
+from policy.model.hybrid_config import PRESETS
 from policy.model.initial import load_initial_weights
 from policy.model.logprobs import token_logprobs
 from policy.sync.snapshot import PolicySnapshot

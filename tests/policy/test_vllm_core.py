@@ -22,7 +22,7 @@ from policy.sync.weight_sender import WeightSender
 from policy.vllm.core import memory_file
 from policy.vllm.packages import vllm_build
 from policy.vllm.parameter_map import Shard
-from policy.vllm.rank_extension import WorkerExtension
+from policy.vllm.rank_extension import RankExtension
 from tests.policy.engine_cases import MAX_TOKENS, VLLM
 from tests.policy.test_engine_contract import (
     ask,
@@ -238,5 +238,5 @@ def test_tensors_pass_through_a_file_in_memory_as_they_are_and_another_digest_is
         read = load_file(path)
     assert np.array_equal(read["a"], snapshot.tensors["a"])
     with memory_file({"a": snapshot.tensors["a"] + 1}) as path:
-        answer = WorkerExtension().shoal_replace(path, {"a": snapshot.manifest[0].digest})
+        answer = RankExtension().shoal_replace(path, {"a": snapshot.manifest[0].digest})
     assert answer == "'a', as read from the file, does not match its digest"

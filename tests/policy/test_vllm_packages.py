@@ -13,7 +13,8 @@ import pytest
 
 from conf.checks import ConfigError
 from conf.schema import EngineConfig, PolicyConfig, TrainConfig, VllmConfig
-from policy.vllm.packages import SITE, VllmMissing, prepare, vllm_build
+from policy.import_guard import SITE
+from policy.vllm.packages import VllmMissing, prepare, vllm_build
 from rl.loop.preflight import check_parts
 from rollout.worker import build_engine
 
@@ -51,7 +52,7 @@ def installation(folder: Path, *, torch: bytes = b"", library: bytes = NEEDS_CUD
 
 LOOK = """
 import importlib.util, subprocess, sys
-from policy.vllm.packages import mend_imports
+from policy.import_guard import mend_imports
 broken = mend_imports()
 seen = [name for name in ("torchaudio", "torchcodec") if importlib.util.find_spec(name)]
 """
@@ -73,7 +74,7 @@ def test_importing_a_hidden_package_raises_what_an_optional_import_expects(tmp_p
 
 @pytest.mark.parametrize("fits", [{"torch": b"cuda"}, {"library": b"\0libtorch_cpu.so\0"}], ids=["gpu", "cpu wheels"])
 def test_an_installation_whose_parts_fit_is_left_alone(tmp_path, fits):
-    code = LOOK + "import os, torchaudio; print(broken, seen, os.environ['PYTHONPATH'].count('vllm_site'))"
+    code = LOOK + "import os, torchaudio; print(broken, seen, os.environ['PYTHONPATH'].count('import_site'))"
     assert python(code, installation(tmp_path, **fits)).splitlines() == ["loaded", "[] ['torchaudio', 'torchcodec'] 0"]
 
 
@@ -115,8 +116,8 @@ def test_torchvisions_names_are_declared_once_though_a_spawned_process_is_guarde
         "import torch\nfor n in ('nms', 'qnms'): torch.library.register_fake('torchvision::' + n)(lambda d, s, t: d)"
     )
     (folder / "_C.so").write_bytes(NEEDS_CUDA)
-    code = "from policy.vllm.packages import mend_imports; print(mend_imports()); import torchvision; print('loaded')"
-    if "torchvision" not in python("from policy.vllm.packages import unloadable; print(unloadable())", tmp_path):
+    code = "from policy.import_guard import mend_imports; print(mend_imports()); import torchvision; print('loaded')"
+    if "torchvision" not in python("from policy.import_guard import unloadable; print(unloadable())", tmp_path):
         pytest.skip("torch is a CUDA build")
     assert python(code, SITE, tmp_path).splitlines() == ["['torchvision']", "loaded"]
 

@@ -128,8 +128,8 @@ async def test_a_request_that_is_cut_off_keeps_the_routes_returned_so_far() -> N
 async def test_a_vllm_that_cannot_return_routes_names_the_setting_that_does_without(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for module in ("vllm_core", "vllm_stepper"):
-        monkeypatch.setattr(f"policy.{module}.vllm_build", lambda: "gpu")
+    for module in ("core", "stepper"):
+        monkeypatch.setattr(f"policy.vllm.{module}.vllm_build", lambda: "gpu")
     case = VLLM["vllm-moe"]
     engine = case.make()
     try:
@@ -143,8 +143,8 @@ async def test_a_vllm_that_cannot_return_routes_names_the_setting_that_does_with
 @needs
 @in_loop
 async def test_a_start_that_fails_for_another_reason_does_not_blame_the_routes(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("vllm_core", "vllm_stepper"):
-        monkeypatch.setattr(f"policy.{module}.vllm_build", lambda: "gpu")
+    for module in ("core", "stepper"):
+        monkeypatch.setattr(f"policy.vllm.{module}.vllm_build", lambda: "gpu")
     case = vllm_case("vllm-moe", VllmConfig(dtype="float17"))
     engine = case.make()
     try:

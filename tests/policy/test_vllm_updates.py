@@ -11,8 +11,7 @@ from conf.schema import VllmConfig
 from policy.engine.protocol import EngineClosed, EngineError
 from policy.sync.snapshot import WeightSyncError
 from policy.sync.weight_sender import WeightSender
-from policy.vllm import parameter_map as vllm_weights
-from policy.vllm import rank_extension as vllm_worker
+from policy.vllm import parameter_map, rank_extension
 from tests.policy.engine_cases import MAX_RUNNING, VLLM, VLLM_PARAMETERS, EngineCase, needs_vllm, vllm_case
 from tests.policy.test_engine_contract import (
     ask,
@@ -27,14 +26,14 @@ from tests.policy.test_engine_contract import (
 
 def reload_alone(model_runner: Any, tensors: dict[str, np.ndarray]) -> None:
     """What vLLM 0.32 does by itself."""
-    model_runner.reload_weights(weights_iterator=vllm_weights.checkpoint_tensors(tensors))
+    model_runner.reload_weights(weights_iterator=parameter_map.checkpoint_tensors(tensors))
 
 
 def nudge(end: str) -> Callable[..., None]:
     """A load after which one value of the parameter whose name ends so is another one."""
 
     def load(model_runner: Any, tensors: dict[str, np.ndarray]) -> None:
-        vllm_weights.load(model_runner, tensors)
+        parameter_map.load(model_runner, tensors)
         parameters = dict(model_runner.get_model().named_parameters())
         name = next(name for name in parameters if name.endswith(end))
         values = parameters[name].data.view(-1)
@@ -67,7 +66,7 @@ async def test_weights_that_went_wrong_inside_vllm_are_caught_and_the_old_ones_s
         before = await engine.generate(request)
         loads = iter([sabotaged])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(vllm_worker, "load", lambda *args: next(loads, vllm_weights.load)(*args))
+            patch.setattr(rank_extension, "load", lambda *args: next(loads, parameter_map.load)(*args))
             with pytest.raises(WeightSyncError, match=message):
                 await engine.load_weights(case.snapshot(2, seed=1))
         assert engine.policy_version == 1
@@ -86,7 +85,7 @@ async def test_after_a_broadcast_that_went_wrong_inside_vllm_the_old_version_is_
         before = await engine.generate(request)
         loads = iter([nudge("A_log")])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(vllm_worker, "load", lambda *args: next(loads, vllm_weights.load)(*args))
+            patch.setattr(rank_extension, "load", lambda *args: next(loads, parameter_map.load)(*args))
             with pytest.raises(WeightSyncError, match="A_log"):
                 await engine.load_weights(sender.offer(case.snapshot(3, seed=2)))
         assert engine.policy_version == 2
@@ -100,7 +99,7 @@ async def test_after_a_broadcast_that_went_wrong_inside_vllm_the_old_version_is_
 async def test_an_engine_that_cannot_go_back_serves_nothing_any_more(case: EngineCase) -> None:
     async with serving(case) as engine:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(vllm_worker, "load", nudge("A_log"))
+            patch.setattr(rank_extension, "load", nudge("A_log"))
             with pytest.raises(EngineClosed, match="cannot go back to policy version 1"):
                 await engine.load_weights(case.snapshot(2, seed=1))
         with pytest.raises(EngineError):

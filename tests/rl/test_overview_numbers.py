@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from policy.model.checkpoint_io import load_numpy_tensors
-from policy.model.hybrid import PRESETS, HybridModel
+from policy.model.hybrid import HybridModel
+from policy.model.hybrid_config import PRESETS
 from rl.dashboard.server import Dashboard, Stop
 from rl.loop.step_time import PARTS
 from rl.runs.checkpoint import read_checkpoint

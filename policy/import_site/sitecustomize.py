@@ -1,4 +1,4 @@
-"""Run by Python at the start of every process that `policy.vllm.packages.mend_imports` reaches through PYTHONPATH.
+"""Run by Python at the start of every process that `policy.import_guard.mend_imports` reaches through PYTHONPATH.
 
 Guards that process in the same way, then gives way to the sitecustomize that this one hides, if there is any.
 """
@@ -21,10 +21,10 @@ def _load(spec: ModuleSpec) -> ModuleType:
 
 def _guard() -> None:
     # by its path: this process may not have our packages on its own
-    spec = spec_from_file_location("_shoal_vllm_packages", _HERE.parent / "packages.py")
+    spec = spec_from_file_location("_shoal_import_guard", _HERE.parent / "import_guard.py")
     assert spec is not None
-    packages = _load(spec)
-    packages.guard(packages.unloadable())
+    import_guard = _load(spec)
+    import_guard.guard(import_guard.unloadable())
 
 
 def _give_way() -> None:
