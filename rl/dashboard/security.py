@@ -2,7 +2,7 @@
 
 A page of any site can make a browser send requests to this machine. Three things keep it from reading a run: the Host
 must name this server (a DNS name bound to 127.0.0.1 does not), an Origin must be the page's own, and an answer allows
-no script but ours. Off loopback a token is needed as well.
+no script but ours. A token keeps other users of this machine out: loopback is theirs too.
 """
 
 import hmac
@@ -37,7 +37,7 @@ class Access:
     hosts: tuple[str, ...] = ()
     """Names that a Host may give beside loopback's, any port: ssh may forward another one."""
     token: str = field(default="", repr=False)
-    """Needed with every request; "" = none, on loopback only."""
+    """Needed with every request; "" = none: any user of the machine may ask (--no-token, on loopback only)."""
 
     def refusal(self, headers: Headers, path: str) -> str:
         """Why a request is refused, its token aside; "" = it is not."""
@@ -98,7 +98,7 @@ class Guard:
             return answer
         if self._access.accepts(_sent_token(headers)):
             return None
-        return PlainTextResponse("refused: open the address with ?token=... that shoal dash printed", 401)
+        return PlainTextResponse("refused: open the address with ?token=... that shoal dash printed", 403)
 
 
 def _sent_token(headers: Headers) -> str:
