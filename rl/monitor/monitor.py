@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from conf.schema import TrainConfig
 from rl.monitor.alerts import Alert, Alerts, active_alerts
 from rl.monitor.json_lines import JsonLines, keep_json_lines, read_json_lines
+from rl.monitor.learning_verdict import LearningJudge
 from rl.monitor.progress import ProgressLine
 from rl.monitor.sinks import MetricSink, ThreadedSink
-from rl.monitor.learning_verdict import LearningJudge
 from rl.monitor.throughput_verdict import WINDOW_STEPS, judge_throughput
 from rl.monitor.verdict import RunVerdict, settings_of_config
 

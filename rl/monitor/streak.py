@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(kw_only=True, slots=True)
 class Streak:
-    """Steps in a row in which a condition was as it is now. A step that does not tell it is not added: the streak stays.
+    """Steps in a row in which a condition was as it is now. A step that does not tell it is not added, changes nothing.
 
     Example: trouble at steps 7 and 8, nothing told at 9, trouble at 10: `length` is 3 and `first_step` is 7.
     """

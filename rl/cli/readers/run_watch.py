@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rl.cli.readers.diff import settings_of
-from rl.monitor.progress import BARS, duration, visible
 from rl.monitor.learning_verdict import LearningJudge
+from rl.monitor.progress import BARS, duration, visible
 from rl.monitor.throughput_verdict import judge_throughput
 from rl.monitor.verdict import RunVerdict, verdict_settings
 from rl.runs.run_folder import RunFolder, RunFolderError, RunState
