@@ -27,6 +27,7 @@ from rl.loop.preflight import check_parts
 from rl.loop.tasks import evaluation_levels, task_entries
 from rl.monitor.evaluation import Evaluation
 from rl.monitor.monitor import Monitor
+from rl.monitor.verdict import RunVerdict
 from rl.runs.checkpoint import Checkpoint, CheckpointError, load_latest
 from rl.runs.run_folder import RunFolder, RunFolderError, RunStatus
 from rl.runs.transcript import transcript_text
@@ -144,7 +145,7 @@ async def _main(
         summary = _summary(
             config,
             controller,
-            verdict=monitor.verdict().sentence,
+            verdict=monitor.verdict(),
             train_s=time.monotonic() - ready_s,
             start_s=ready_s - started_s,
         )
@@ -279,7 +280,7 @@ def _stop_on_signals(controller: Controller) -> None:
 
 
 def _summary(
-    config: TrainConfig, controller: Controller, *, verdict: str, train_s: float, start_s: float
+    config: TrainConfig, controller: Controller, *, verdict: RunVerdict, train_s: float, start_s: float
 ) -> dict[str, Any]:
     evaluations = controller.progress.evaluations
     before, after = evaluations[0], evaluations[-1]
@@ -302,7 +303,9 @@ def _summary(
         "after": asdict(after),
         "curve": [[e.step, e.success, e.n] for e in evaluations],
         "restarts": controller.fleet.num_restarts,
-        "verdict": verdict,
+        "verdict": verdict.learning.sentence,
+        "learning": asdict(verdict.learning),
+        "throughput": verdict.throughput.sentence,
         "transcripts": [transcript_text(t) for t in controller.transcripts],
     }
 
@@ -317,11 +320,11 @@ def _show_end(
     curve = "  ".join(f"{e.step}: {e.success:.2f}" for e in controller.progress.evaluations)
     low, high = summary["ci95"]
     monitor.say(
-        f"\nheld-out success by step   {curve}\n"
+        f"\n{summary['verdict']}\nheld-out success by step   {curve}\n"
         f"{summary['env']}: success {summary['success_before']:.3f} -> {summary['success_after']:.3f} "
         f"(95% interval {low:.3f} to {high:.3f}, {summary['n']} held-out tasks, overlap with training "
         f"{summary['held_out_overlap']}), {summary['train_seconds']:.0f} s\n"
-        f"{summary['verdict']}\nrun folder {folder.path}\nlook closer: shoal show {folder.name} --traj 1"
+        f"{summary['throughput']}\nrun folder {folder.path}\nlook closer: shoal show {folder.name} --traj 1"
     )
 
 

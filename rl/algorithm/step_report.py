@@ -13,6 +13,7 @@ import numpy as np
 
 from rl.algorithm.advantage import EQUAL
 from rollout.record.trajectory import StopReason, TrajectoryGroup
+from rollout.schedule.staleness import staleness
 
 if TYPE_CHECKING:  # reports reach processes that have no use for torch
     from rl.algorithm.batch import Row, RowStatus
@@ -112,7 +113,7 @@ def _group_shares(groups: Sequence[TrajectoryGroup], valid_ids: set[str]) -> dic
 def staleness_metrics(rows: "Sequence[Row]", policy_version: int) -> dict[str, float]:
     """Lag: version of the learner at the start of the step minus the oldest version in a trajectory."""
     valid = [row.trajectory for row in rows if row.is_valid]
-    lags = [policy_version - t.min_policy_version for t in valid]
+    lags = [staleness(learner_version=policy_version, sampled_version=t.min_policy_version) for t in valid]
     spans = [len(np.unique(t.policy_versions[t.loss_mask == 1])) for t in valid]
     metrics = {
         "off_policy/lag/mean": _mean(lags),

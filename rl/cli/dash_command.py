@@ -14,9 +14,12 @@ PORT = 8765
 def _arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--root", default="runs", metavar="DIR", help="the folder of all runs (default: runs)")
     parser.add_argument("--port", type=int, default=PORT, metavar="N", help=f"default: {PORT}; 0 takes a free one")
-    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="another than loopback needs the token")
+    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="default: loopback, this machine alone")
     parser.add_argument("--name", action="append", default=[], metavar="NAME", help="a host name that browsers may use")
-    parser.add_argument("--token", default="", metavar="TEXT", help="default: none on loopback, else a new one")
+    parser.add_argument("--token", default="", metavar="TEXT", help="default: a new one at every start")
+    parser.add_argument(
+        "--no-token", action="store_true", help="on loopback only: every user of this machine may read the runs"
+    )
     parser.add_argument("--open", action="store_true", help="open a browser")
 
 
@@ -35,7 +38,9 @@ def _dash(args: Namespace) -> int:
     from rl.dashboard.launch import serve
     from rl.dashboard.security import Access, is_loopback
 
-    token = args.token or ("" if is_loopback(args.host) else secrets.token_urlsafe(24))
+    if args.no_token and (args.token or not is_loopback(args.host)):
+        raise UsageError("--no-token is for loopback alone, and not beside --token: others would read the runs")
+    token = "" if args.no_token else args.token or secrets.token_urlsafe(24)
     names = tuple(name.lower() for name in (*args.name, args.host) if name not in ("0.0.0.0", "::"))
     print("shoal dash: Ctrl-C ends it", file=sys.stderr)
     return serve(root, args.host, args.port, Access(hosts=names, token=token), open_browser=args.open)
@@ -44,8 +49,8 @@ def _dash(args: Namespace) -> int:
 DASH = Command(
     summary="the dashboard: a page over all runs, live",
     examples="  shoal dash\n  shoal dash --open\n  shoal dash --root /backup/runs --port 0\n"
-    "  ssh -L 8765:127.0.0.1:8765 gpu-box      then open http://127.0.0.1:8765 here\n"
-    "  shoal dash --host 0.0.0.0 --name gpu-box      prints an address with a token",
+    "  ssh -L 8765:127.0.0.1:8765 gpu-box      then open the address that it printed, here\n"
+    "  shoal dash --host 0.0.0.0 --name gpu-box      for other machines; the token is in the address",
     arguments=_arguments,
     run=_dash,
 )

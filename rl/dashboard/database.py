@@ -3,6 +3,7 @@
 Rows are read column by column, not through `TrajectoryReader`: an episode of 200 MB must cost neither memory nor time.
 """
 
+import functools
 import json
 import sqlite3
 import time
@@ -17,6 +18,7 @@ import numpy as np
 from rl.dashboard.folders import NotThere, Refused
 from rollout.record.lineage import LineageEvent, group_events, newest_events, story
 from rollout.record.trajectory_table import JSON_COLUMNS, SUMMARY_COLUMNS, add_missing_columns
+from rollout.schedule.staleness import staleness, version_before
 
 QUERY_S = 1.5
 """A search that takes longer stops; the answer says how far it came."""
@@ -40,15 +42,17 @@ FILTERS = {
     "cause": "cause = ?",
     "min_reward": "reward >= CAST(? AS REAL)",
     "max_reward": "reward <= CAST(? AS REAL)",
-    "min_staleness": "step - 1 - min_version >= CAST(? AS INTEGER)",
+    "min_staleness": "staleness(step, min_version) >= CAST(? AS INTEGER)",
 }
-"""What a list may be filtered by. Staleness: the learner was at version step - 1 when it took the row (one update a
-step)."""
+"""What a list may be filtered by. The SQL function `staleness` is made by `reading`."""
 
 
 @contextmanager
-def reading(path: Path, deadline_s: float = QUERY_S) -> Iterator[sqlite3.Connection]:
-    """A connection that cannot write and is interrupted past the deadline. Raises `NotThere`, `Refused`."""
+def reading(path: Path, *, deadline_s: float = QUERY_S, updates_per_step: int = 1) -> Iterator[sqlite3.Connection]:
+    """A connection that cannot write and is interrupted past the deadline. Raises `NotThere`, `Refused`.
+
+    Its SQL knows staleness(step, min_version), for which `updates_per_step` is the run's setting of that name.
+    """
     if not path.is_file():
         raise NotThere(f"the run has no {path.name} yet")
     uri = path.resolve().as_uri()
@@ -62,6 +66,7 @@ def reading(path: Path, deadline_s: float = QUERY_S) -> Iterator[sqlite3.Connect
                 raise
             db = _open(f"{uri}?immutable=1")  # a folder on a read-only disk, where SQLite may not make its -shm
         until = time.monotonic() + deadline_s
+        db.create_function("staleness", 2, functools.partial(_staleness, updates_per_step))
         db.set_progress_handler(lambda: time.monotonic() > until, 20_000)
         yield db
     except sqlite3.DatabaseError as error:
@@ -240,7 +245,8 @@ def _open(uri: str) -> sqlite3.Connection:
 def _columns() -> str:
     """The list's columns; of those that hold a free text, no more than is shown."""
     wide = (*JSON_COLUMNS, "id", "group_id", "cause")
-    return ", ".join(f"substr({name}, 1, {MAX_TEXT}) AS {name}" if name in wide else name for name in SUMMARY_COLUMNS)
+    named = (f"substr({name}, 1, {MAX_TEXT}) AS {name}" if name in wide else name for name in SUMMARY_COLUMNS)
+    return ", ".join([*named, "staleness(step, min_version) AS staleness"])
 
 
 def _summary(row: sqlite3.Row) -> dict[str, Any]:
@@ -250,9 +256,15 @@ def _summary(row: sqlite3.Row) -> dict[str, Any]:
             values[name] = None if values[name] is None else json.loads(values[name])
         except ValueError:  # cut above
             values[name] = {"cut": values[name][:200]}
-    step, version = row["step"], row["min_version"]
-    values["staleness"] = None if step is None or version < 0 else step - 1 - version
     return values
+
+
+def _staleness(updates_per_step: int, step: Any, version: Any) -> int | None:
+    """In versions; None of what was not trained, or of which nothing was sampled."""
+    if not (isinstance(step, int) and isinstance(version, int)) or version < 0:
+        return None
+    now = version_before(step, updates_per_step=updates_per_step)
+    return staleness(learner_version=now, sampled_version=version)
 
 
 def _episode_bytes(db: sqlite3.Connection, row: int) -> int:

@@ -26,21 +26,21 @@ def heat_maps(db: sqlite3.Connection) -> dict[str, Any]:
     total = db.execute("SELECT COUNT(*) FROM trajectories WHERE status = 'consumed'").fetchone()[0]
     every = total // MAX_ROWS * 2 + 1  # odd, so that it meets all members of groups, which are mostly even
     rows = db.execute(  # the inner question is answered by an index; each row that it leaves out is a page not read
-        "SELECT row, step, min_version, num_tokens, learner_logprobs IS NOT NULL FROM trajectories WHERE row IN "
+        "SELECT row, step, min_version >= 0, COALESCE(staleness(step, min_version), 0), num_tokens, "
+        "learner_logprobs IS NOT NULL FROM trajectories WHERE row IN "
         "(SELECT row FROM trajectories WHERE status = 'consumed' AND row % ? = 0) AND step IS NOT NULL",
         (every,),
     ).fetchall()
     if not rows:
         return {"steps": []}
-    number, step, version, tokens, has_ratio = np.array([tuple(row) for row in rows], dtype=np.int64).T
+    number, step, sampled, stale, tokens, has_ratio = np.array([tuple(row) for row in rows], dtype=np.int64).T
     first, last = int(step.min()), int(step.max())
     columns = min(MAX_COLUMNS, last - first + 1)
     column = (step - first) * columns // (last - first + 1)
     starts = [first + -(-k * (last - first + 1) // columns) for k in range(columns + 1)]
-    sampled = version >= 0
     return {
         "steps": [[start, end - 1] for start, end in pairwise(starts)],
-        "staleness": _map((step - 1 - version)[sampled], column[sampled], columns),
+        "staleness": _map(stale[sampled == 1], column[sampled == 1], columns),
         "length": _map(tokens, column, columns),
         "ratio": _ratio_map(db, number[has_ratio == 1], column[has_ratio == 1], columns),
     }

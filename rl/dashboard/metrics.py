@@ -140,10 +140,10 @@ class MetricTable:
         return self._last
 
     def keys(self) -> list[dict[str, Any]]:
-        """Name, points and newest value of every series, in order of names."""
+        """Name, points, newest value and its step of every series, in order of names."""
         with self._lock:
             return [
-                {"key": key, "n": len(rows), "last": _null(values[-1])}
+                {"key": key, "n": len(rows), "last": _null(values[-1]), "step": self._axes["step"][rows[-1]]}
                 for key, (rows, values) in sorted(self._columns.items())
             ]
 
@@ -157,6 +157,19 @@ class MetricTable:
                 shown = {axis: [self._axes[axis][rows[i]] for i in picks] for axis in axes}
                 found[key] = {"n": len(values), "y": [_null(values[i]) for i in picks], **shown}
             return found
+
+    def rows(self, keys: Sequence[str]) -> list[dict[str, Any]]:
+        """Rows as they stood in the file, with "kind", "step" and these metrics alone."""
+        with self._lock:
+            step, evaluation = self._axes["step"], set(self._columns.get("eval/success", ((), ()))[0])
+            found = [
+                {"kind": "evaluation" if number in evaluation else "step", "step": int(at)}
+                for number, at in enumerate(step)
+            ]
+            for key in keys:
+                for number, value in zip(*self._columns.get(key, ((), ())), strict=True):
+                    found[number][key] = _null(value)
+        return found
 
     def csv_lines(self, keys: Sequence[str]) -> Iterator[str]:
         """Every point of the names, not thinned, one line a row of the file that has one of them."""
@@ -227,11 +240,6 @@ class MetricTables:
         self._max_tables = max_tables
         self._tables: OrderedDict[Path, MetricTable] = OrderedDict()
         self._lock = threading.Lock()
-
-    def kept(self) -> tuple[Path, ...]:
-        """Whose columns are in memory."""
-        with self._lock:
-            return tuple(self._tables)
 
     def get(self, path: Path) -> MetricTable:
         """Up to date."""

@@ -2,16 +2,18 @@
 
 import sqlite3
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from rl.dashboard.database import RECENT
 from rl.dashboard.folders import NotThere, confined
-from rl.dashboard.metrics import Cursor, read_new_lines
+from rl.dashboard.metrics import Cursor, MetricTable, read_new_lines
 from rl.dashboard.processes import last_rows
 from rl.monitor.alerts import active_alerts
-from rl.monitor.verdict import judge
+from rl.monitor.learning_verdict import LEARNING_METRICS, VerdictSettings, judge_learning
+from rl.monitor.throughput_verdict import judge_throughput
 from rl.runs.run_folder import RunFolder
 
 TAIL_BYTES = 256 * 1024
@@ -24,12 +26,14 @@ MAX_RATIO_TOKENS = 100_000
 NUM_BINS = 32
 
 
-def glance(folder: RunFolder, max_staleness: int) -> dict[str, Any]:
-    """{"limit", "sentence", "num_steps", "active": alerts that last, "alerts": raised and cleared, newest first}"""
-    verdict = judge(_newest_steps(folder), max_staleness=max_staleness)
+def glance(folder: RunFolder, table: MetricTable, settings: VerdictSettings) -> dict[str, Any]:
+    """{"learning": {"state", "sentence", ...}, "limit", "sentence" (of the speed), "num_steps", "active": alerts that
+    last, "alerts": raised and cleared, newest first}"""
+    verdict = judge_throughput(_newest_steps(folder), max_staleness=settings.max_staleness)
     events = [row for row in last_rows(folder, folder.events, 5000) if _is_alert(row) or row.get("kind") == "resumed"]
     told = [row for row in events if row["kind"] == "alert"]
     return {
+        "learning": asdict(judge_learning(table.rows(LEARNING_METRICS), settings)),
         "limit": verdict.limit,
         "sentence": verdict.sentence,
         "num_steps": verdict.num_steps,
@@ -47,7 +51,7 @@ def histograms(db: sqlite3.Connection, step: int) -> dict[str, Any]:
         row, step = db.execute(newest).fetchone() or (0, 0)
         first = row - RECENT  # a step's rows were stored together: no need to look through all of a long run
     rows = db.execute(
-        "SELECT row, num_tokens, min_version, learner_logprobs IS NOT NULL FROM trajectories "
+        "SELECT row, num_tokens, staleness(step, min_version), learner_logprobs IS NOT NULL FROM trajectories "
         f"WHERE status = 'consumed' AND row > ? AND step = ? LIMIT {MAX_HISTOGRAM_ROWS}",
         (first, step),
     ).fetchall()
@@ -55,7 +59,7 @@ def histograms(db: sqlite3.Connection, step: int) -> dict[str, Any]:
     return {
         "step": step,
         "n": len(rows),
-        "staleness": _whole_bins([step - 1 - row[2] for row in rows if row[2] >= 0]),
+        "staleness": _whole_bins([row[2] for row in rows if row[2] is not None]),
         "length": _whole_bins([row[1] for row in rows]),
         "ratio": _bins(np.concatenate(ratios)) if ratios else {},
     }

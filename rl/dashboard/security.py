@@ -2,7 +2,7 @@
 
 A page of any site can make a browser send requests to this machine. Three things keep it from reading a run: the Host
 must name this server (a DNS name bound to 127.0.0.1 does not), an Origin must be the page's own, and an answer allows
-no script but ours. Off loopback a token is needed as well.
+no script but ours. A token keeps other users of this machine out: loopback is theirs too.
 """
 
 import hmac
@@ -16,7 +16,6 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-COOKIE = "shoal_token"
 HEADERS = {
     # The chart library sets styles on its elements: that alone needs 'unsafe-inline', and for styles only.
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
@@ -37,7 +36,7 @@ class Access:
     hosts: tuple[str, ...] = ()
     """Names that a Host may give beside loopback's, any port: ssh may forward another one."""
     token: str = field(default="", repr=False)
-    """Needed with every request; "" = none, on loopback only."""
+    """Needed with every request; "" = none: any user of the machine may ask (--no-token, on loopback only)."""
 
     def refusal(self, headers: Headers, path: str) -> str:
         """Why a request is refused, its token aside; "" = it is not."""
@@ -94,11 +93,16 @@ class Guard:
         asked = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
         if asked and self._access.accepts(asked) and scope["path"] == "/":
             answer = RedirectResponse("/", 303)  # so that the token does not stay in the address bar
-            answer.set_cookie(COOKIE, asked, httponly=True, samesite="strict")
+            answer.set_cookie(_cookie(headers), asked, httponly=True, samesite="strict")
             return answer
         if self._access.accepts(_sent_token(headers)):
             return None
         return PlainTextResponse("refused: open the address with ?token=... that shoal dash printed", 401)
+
+
+def _cookie(headers: Headers) -> str:
+    """Its name. Browsers send cookies to every port of a host: two servers must not overwrite each other's."""
+    return f"shoal_token_{_port(headers.get('host', ''))}"
 
 
 def _sent_token(headers: Headers) -> str:
@@ -106,10 +110,17 @@ def _sent_token(headers: Headers) -> str:
     if scheme.lower() == "bearer":
         return bearer
     try:
-        morsel = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+        morsel = SimpleCookie(headers.get("cookie", "")).get(_cookie(headers))
     except CookieError:
         return ""
     return morsel.value if morsel else ""
+
+
+def _port(host: str) -> int:
+    try:
+        return _split(f"//{host}").port or 80
+    except ValueError:
+        return 80
 
 
 def _split(address: str) -> SplitResult:

@@ -26,6 +26,7 @@ from rl.dashboard.security import Access, Guard
 from rl.dashboard.span_trace import trace_json
 from rl.dashboard.static_files import STATIC, ChartLibrary, send_file, send_static
 from rl.dashboard.stream import MAX_STREAMS, follow
+from rl.monitor.verdict import verdict_settings
 from rl.runs.notes import read_notes
 from rl.runs.run_folder import LATEST, RunFolder, list_runs
 from rollout.record.codec import plain
@@ -99,8 +100,8 @@ class Dashboard:
         }
 
     def glance(self, folder: RunFolder, _: Mapping[str, str]) -> dict[str, Any]:
-        bound = _flat(_yaml(read_text(folder, folder.config, MAX_FILE_BYTES))).get("rollout.max_staleness")
-        return overview.glance(folder, bound if isinstance(bound, int) else 0)
+        settings = verdict_settings(_settings(folder))
+        return overview.glance(folder, self.tables.get(folder.metrics), settings)
 
     def histograms(self, folder: RunFolder, query: Mapping[str, str]) -> dict[str, Any]:
         step = _whole(query, "step", 0, 0, 2**62)
@@ -139,7 +140,7 @@ class Dashboard:
         row, offset = _whole(query, "row", 0, 0, 2**62), _whole(query, "offset", 0, 0, 2**40)
         limit = _whole(query, "limit", 500, 1, 2000)
         answer = self._database(folder, lambda db: database.read_tokens(db, row, offset=offset, limit=limit))
-        config = _flat(_yaml(read_text(folder, folder.config, MAX_FILE_BYTES)))
+        config = _settings(folder)
         return answer | _limits_of_ratio(config) | {"text": _token_texts(answer["id"], config)}
 
     def workers(self, folder: RunFolder, _: Mapping[str, str]) -> dict[str, Any]:
@@ -166,7 +167,7 @@ class Dashboard:
             return database.newest_lineage(db, before=before, limit=limit)
 
     def config(self, folder: RunFolder, _: Mapping[str, str]) -> dict[str, Any]:
-        values = _flat(_yaml(read_text(folder, folder.config, MAX_FILE_BYTES)))
+        values = _settings(folder)
         return {"config": values, "manifest": _mapping(read_text(folder, folder.manifest, MAX_FILE_BYTES))}
 
     def logs(self, folder: RunFolder, query: Mapping[str, str]) -> dict[str, Any]:
@@ -186,7 +187,11 @@ class Dashboard:
         """`empty` answers where the run has no file of trajectories yet."""
         if empty is not None and not folder.trajectories.is_file():
             return empty
-        with database.reading(confined(folder, folder.trajectories)) as db:
+        updates = None
+        with contextlib.suppress(Refused):  # a damaged config.yaml hides no trajectory
+            updates = _settings(folder).get("learner.updates_per_step")
+        updates = updates if isinstance(updates, int) and 0 < updates < 2**31 else 1
+        with database.reading(confined(folder, folder.trajectories), updates_per_step=updates) as db:
             return ask(db)
 
 
@@ -351,6 +356,17 @@ def _yaml(text: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise Refused(f"config.yaml is not YAML: {error}") from error
     return value if isinstance(value, dict) else {}
+
+
+def _settings(folder: RunFolder) -> dict[str, Any]:
+    """Of its config.yaml, by full names; empty where it has none."""
+    return dict(_parsed(read_text(folder, folder.config, MAX_FILE_BYTES)))
+
+
+@functools.lru_cache(maxsize=8)
+def _parsed(config: str) -> dict[str, Any]:
+    """YAML takes longer than most answers."""
+    return _flat(_yaml(config))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

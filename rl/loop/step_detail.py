@@ -8,6 +8,7 @@ import numpy as np
 from rl.algorithm.step_report import RowReport
 from rl.runs.transcript import transcript_text
 from rollout.record.trajectory import Trajectory, TrajectoryGroup
+from rollout.schedule.staleness import staleness
 
 MAX_SAMPLES = 8
 """Trajectories of one table."""
@@ -74,7 +75,9 @@ def _sample(t: Trajectory, advantage: float | None, learner_version: int) -> dic
         "level": t.task.level,
         "reward": t.reward,
         "advantage": advantage,
-        "staleness": learner_version - t.min_policy_version if t.loss_mask.any() else None,
+        "staleness": staleness(learner_version=learner_version, sampled_version=t.min_policy_version)
+        if t.loss_mask.any()
+        else None,
         "stop_reason": str(t.stop_reason),
         "turns": t.num_turns,
         "tokens": len(t.token_ids),

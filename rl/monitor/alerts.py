@@ -2,7 +2,8 @@
 
 An episode of trouble begins when a rule's condition has held for its number of learner steps in a row and ends when it
 has been false for as many: one alert is raised and one cleared, however often the value crosses the threshold between.
-A value that is there but not finite counts as trouble; a metric that a step does not tell changes nothing.
+A value a hundred times over its threshold is raised at once. A value that is there but not finite counts as trouble; a
+metric that a step does not tell changes nothing: its streak is kept.
 """
 
 from collections import deque
@@ -12,11 +13,14 @@ from statistics import median
 from typing import Any, Literal
 
 from conf.schema import AlertConfig, TrainConfig
+from rl.monitor.streak import Streak
 
 HISTORY_STEPS = 50
 """Learner steps that a median is taken over."""
 MIN_HISTORY = 10
 """Steps before anything is compared with a median."""
+EXTREME = 100.0
+"""Times its threshold at which a value is trouble at once."""
 
 Level = Literal["warn", "error"]
 Compare = Literal["above", "below", "at_most"]
@@ -149,7 +153,7 @@ class Alerts:
         """`active`: rules in trouble when an earlier process of the run ended."""
         self._config = config
         self._active = dict.fromkeys(active, "")
-        self._streaks: dict[str, int] = {}
+        self._streaks = {rule.name: Streak() for rule in RULES}
         self._history: dict[str, deque[float]] = {
             rule.metric: deque(maxlen=HISTORY_STEPS) for rule in RULES if rule.of_median
         }
@@ -186,8 +190,9 @@ class Alerts:
                 continue
             value, threshold = row[rule.metric], self._threshold(rule)
             if threshold is not None:
-                trouble = value is None or _holds(rule.compare, value, threshold)
-                if self._lasts(rule, trouble):
+                trouble = value is None or holds(rule.compare, value, threshold)
+                extreme = value is not None and is_extreme(rule.compare, value, threshold)
+                if self._lasts(rule, trouble) or extreme:
                     shown = rule.text.format(value=float("nan") if value is None else value, threshold=threshold)
                     found += self._change(
                         rule.name, trouble, text=shown, level=rule.level, value=value, threshold=threshold
@@ -204,11 +209,9 @@ class Alerts:
         return threshold * max(median(past), rule.least_median(self._config)) if len(past) >= MIN_HISTORY else None
 
     def _lasts(self, rule: Rule, trouble: bool) -> bool:
-        """Whether the condition has been as it is now for the rule's number of steps. Streaks of calm are negative."""
-        streak = self._streaks.get(rule.name, 0)
-        streak = max(streak, 0) + 1 if trouble else min(streak, 0) - 1
-        self._streaks[rule.name] = streak
-        return abs(streak) >= rule.steps(self._config.monitor.alerts)
+        """Whether the condition has been as it is now for the rule's number of steps."""
+        length = self._streaks[rule.name].add(trouble, self._step)
+        return abs(length) >= rule.steps(self._config.monitor.alerts)
 
     def _judge_heartbeats(self, ages_s: Mapping[str, float]) -> list[Alert]:
         limit = self._config.monitor.alerts.heartbeat_s
@@ -263,10 +266,20 @@ def active_alerts(events: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str,
     return active
 
 
-def _holds(compare: Compare, value: float, threshold: float) -> bool:
+def holds(compare: Compare, value: float, threshold: float) -> bool:
+    """Whether a value is trouble."""
     if compare == "above":
         return value > threshold
     return value < threshold if compare == "below" else value <= threshold
+
+
+def is_extreme(compare: Compare, value: float, threshold: float) -> bool:
+    """Whether a value is so far over its threshold that one step tells. Example: is_extreme("above", 3.0, 0.03)"""
+    if threshold <= 0:
+        return False
+    if compare == "above":
+        return value >= EXTREME * threshold
+    return compare == "below" and value <= threshold / EXTREME
 
 
 def rule_names() -> Sequence[str]:

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 from conf.schema import TrainConfig
 from rl.monitor.alerts import Alert, Alerts, active_alerts
 from rl.monitor.json_lines import JsonLines, keep_json_lines, read_json_lines
+from rl.monitor.learning_verdict import LearningJudge
 from rl.monitor.progress import ProgressLine
 from rl.monitor.sinks import MetricSink, ThreadedSink
-from rl.monitor.verdict import WINDOW_STEPS, Verdict, judge
+from rl.monitor.throughput_verdict import WINDOW_STEPS, judge_throughput
+from rl.monitor.verdict import RunVerdict, settings_of_config
 
 if TYPE_CHECKING:
     from rl.monitor.evaluation import Evaluation
@@ -50,7 +52,7 @@ class Monitor:
         self._start_s = clock() - max((row["time_s"] for row in earlier), default=0.0)
         self._config = config
         self._alerts = Alerts(config, now_s=self._now(), active=active_alerts(earlier))
-        self._recent: deque[dict[str, Any]] = deque(maxlen=WINDOW_STEPS)
+        self._read_earlier()
         self._metrics = JsonLines(folder / METRICS_FILE)
         self._events = JsonLines(folder / EVENTS_FILE)
         self._spans = JsonLines(folder / SPANS_FILE)
@@ -62,6 +64,7 @@ class Monitor:
         """Forget metrics after the checkpoint of `step`, so that no curve goes over a step twice. Events stay."""
         self._metrics.close()
         keep_json_lines(self._metrics_path, lambda row: row["step"] <= step)
+        self._read_earlier()
         self._metrics = JsonLines(self._metrics_path)
 
     def step(self, step: int, policy_version: int, metrics: Mapping[str, Any]) -> None:
@@ -69,6 +72,7 @@ class Monitor:
         row = self._write("step", step, policy_version, metrics)
         self._recent.append(row)
         self._tell(self._alerts.step(row, self._now()))
+        self._judge(row)
         if self._progress is not None:
             self._progress.step(step, metrics, alerts=self._alerts.active)
 
@@ -90,22 +94,24 @@ class Monitor:
         """Look for trouble that no step tells; worker -> seconds since it was last heard of."""
         self._tell(self._alerts.tick(self._now(), heartbeat_ages_s))
 
-    def verdict(self) -> Verdict:
-        """What limits the run, by the newest steps of this process."""
-        return judge(list(self._recent), max_staleness=self._config.rollout.max_staleness)
+    def verdict(self) -> RunVerdict:
+        """Whether the run learns, and what limits its speed."""
+        speed = judge_throughput(list(self._recent), max_staleness=self._config.rollout.max_staleness)
+        return RunVerdict(learning=self._learning.verdict(), throughput=speed)
 
     def evaluation(self, evaluation: "Evaluation") -> None:
         """One held-out evaluation, as metrics "eval/..." of its step."""
         found = asdict(evaluation)
         step, version, facts = found.pop("step"), found.pop("policy_version"), found.pop("facts")
         found["ci95_low"], found["ci95_high"] = found.pop("ci95")
-        self._write("evaluation", step, version, {f"eval/{name}": value for name, value in (found | facts).items()})
+        row = self._write("evaluation", step, version, {f"eval/{k}": value for k, value in (found | facts).items()})
         low, high = evaluation.ci95
         failed = f", {evaluation.errors} episodes failed" if evaluation.errors else ""
         self.say(
             f"evaluation at step {evaluation.step}: success {evaluation.success:.3f} "
             f"(95% {low:.3f} to {high:.3f}, n={evaluation.n}, policy version {evaluation.policy_version}{failed})"
         )
+        self._judge(row)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Something that happened once: a restart, a dropped group, a checkpoint."""
@@ -135,10 +141,29 @@ class Monitor:
             sink.close(max(0.0, until_s - time.monotonic()))
             if sink.num_dropped or sink.problem:
                 self.event("tracker", name=sink.name, dropped=sink.num_dropped, problem=sink.problem)
-        if (verdict := self.verdict()).limit != "unknown":
-            self.event("verdict", **asdict(verdict))
+        if (speed := self.verdict().throughput).limit != "unknown":
+            self.event("verdict", **asdict(speed))
         for file in (self._metrics, self._events, self._spans):
             file.close()
+
+    def _read_earlier(self) -> None:
+        """Verdicts of a resumed run rest on what it wrote before."""
+        self._learning = LearningJudge(settings_of_config(self._config))
+        self._recent: deque[dict[str, Any]] = deque(maxlen=WINDOW_STEPS)
+        for row in read_json_lines(self._metrics_path):
+            self._learning.add(row)
+            if row["kind"] == "step":
+                self._recent.append(row)
+        self._said = self._learning.verdict().state
+
+    def _judge(self, row: Mapping[str, Any]) -> None:
+        """Say the learning verdict where it has become another."""
+        self._learning.add(row)
+        found = self._learning.verdict()
+        if found.state not in (self._said, "unknown"):
+            self._said = found.state
+            self.event("learning", step=row["step"], **asdict(found))
+            self.say(found.sentence)
 
     def _tell(self, alerts: list[Alert]) -> None:
         for alert in alerts:

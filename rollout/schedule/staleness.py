@@ -16,6 +16,22 @@ group is overtaken until it cannot be trained in time (`rollout.schedule.buffer`
 from dataclasses import dataclass
 
 
+def staleness(*, learner_version: int, sampled_version: int) -> int:
+    """In policy versions: how many the learner was ahead when it took what `sampled_version` sampled.
+
+    The one formula of it: bound, metrics, samples for trackers and the dashboard ask here.
+    """
+    return learner_version - sampled_version
+
+
+def version_before(step: int, *, updates_per_step: int) -> int:
+    """Version of the learner at the start of learner step `step` (the first is 1): what staleness counts from.
+
+    Example: version_before(10, updates_per_step=2) -> 18
+    """
+    return (step - 1) * updates_per_step
+
+
 class StalenessViolation(RuntimeError):
     """Raised where data older than the bound would be trained on. Admission makes that impossible: it is a bug."""
 
@@ -46,10 +62,10 @@ class StalenessBound:
 
     def check(self, *, learner_version: int, sampled_version: int) -> None:
         """Raise `StalenessViolation` if tokens of `sampled_version` are too old for this learner."""
-        staleness = learner_version - sampled_version
-        if staleness > self.max_staleness:
+        found = staleness(learner_version=learner_version, sampled_version=sampled_version)
+        if found > self.max_staleness:
             raise StalenessViolation(
-                f"staleness {staleness} is over max_staleness {self.max_staleness}: "
+                f"staleness {found} is over max_staleness {self.max_staleness}: "
                 f"sampled at version {sampled_version}, trained at version {learner_version}"
             )
 

@@ -1,24 +1,30 @@
 """A run folder whose every text is hostile, and a dashboard server in a process of its own."""
 
+import asyncio
 import functools
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 
 from conf.loading import load_config, resolved_yaml
 from envs.message import ImagePart, Message, TextPart, ToolCall, ToolResult
 from envs.task import Task
+from rl.dashboard.security import Access
+from rl.dashboard.server import make_app
 from rl.runs.run_folder import RunFolder
 from rollout.record.ledger import Ledger
 from rollout.record.recorder import Recorder, TrainedRow
 from rollout.record.trajectory import StopReason, Trajectory, TrajectoryGroup, Turn
 
+Ask = Callable[..., httpx.Response]
 RUN = "run-a"
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 XSS = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&\u2028</title>\x1b[31m"
@@ -124,9 +130,25 @@ def metric_rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def start_server(root: Path, *words: str, port: int = 0) -> tuple[subprocess.Popen, str]:
-    """`shoal dash` over `root`; the process and the address that it printed."""
+def client(root: Path, access: Access | None = None) -> Ask:
+    """Asks a dashboard over `root` in this process: ask(path, headers=..., **query)."""
+    app = make_app(root, access or Access())
+
+    def ask(path: str, headers: dict[str, str] | None = None, method: str = "GET", **query: Any) -> httpx.Response:
+        async def send() -> httpx.Response:
+            transport = httpx.ASGITransport(app=app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8765") as client:
+                return await client.request(method, path, headers=headers, params=query or None)
+
+        return asyncio.run(send())
+
+    return ask
+
+
+def start_server(root: Path, *words: str, port: int = 0, has_token: bool = False) -> tuple[subprocess.Popen, str]:
+    """`shoal dash` over `root`; the process and the address that it printed. Without `has_token` it asks for none."""
     command = [sys.executable, "-m", "rl.cli", "dash", "--root", str(root), "--port", str(port), *words]
+    command += [] if has_token else ["--no-token"]  # an address without a query, to which views are added
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
     assert server.stdout is not None
     address = server.stdout.readline().strip()  # ends with the process, should it fail to start

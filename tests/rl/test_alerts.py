@@ -94,6 +94,21 @@ def test_a_number_that_is_not_finite_is_trouble_and_a_missing_one_is_nothing():
     assert watch().step({"step": 1}, 1.0) == []
 
 
+def test_a_value_a_hundred_times_over_its_threshold_fires_at_once():  # faults F1
+    assert run(watch(), 1, row={"policy/mismatch_kl/mean": 3.1}) == [(1, "mismatch_kl", "raised")]
+    assert run(watch(), 1, row={"policy/mismatch_kl/mean": 2.9}) == []
+
+
+def test_a_metric_that_goes_missing_keeps_its_streak():  # faults F1
+    alerts, found = watch(), []
+    for step in range(1, 8):
+        row = HEALTHY | {"step": step, "policy/mismatch_kl/mean": 0.04}
+        if step in (3, 4):
+            del row["policy/mismatch_kl/mean"]
+        found += [(alert.step, alert.rule) for alert in alerts.step(row, float(step))]
+    assert found == [(7, "mismatch_kl")]
+
+
 @pytest.mark.parametrize(
     ("name", "setting"),
     [
@@ -191,7 +206,8 @@ def test_alerts_are_stored_shown_and_sent_and_a_resumed_run_knows_them(tmp_path,
     for step in range(1, 6):
         monitor.step(step, step, HEALTHY | {"env/error_ratio": 0.5})
     assert [row["rule"] for row in sink.rows if row["kind"] == "alert"] == ["env_errors"]
-    told, line = capsys.readouterr().out.splitlines()[-2:]
+    told, verdict, line = capsys.readouterr().out.splitlines()[-3:]
+    assert verdict.startswith("environment failing since step 1: ")
     assert told.startswith("alert: env_errors: environments fail 50% of the episodes") and line.endswith("! env_errors")
     monitor.close()
     assert list(active_alerts(read_json_lines(tmp_path / "events.jsonl"))) == ["env_errors"]

@@ -1,8 +1,8 @@
 """A run under a scripted clock: what the overview shows is worked out here from spans and events, by code of its own.
 
-Elsewhere: every sentence of the verdict and the shares of a real run (test_rl_verdict), every rule of the alerts
-(test_rl_alerts), histograms against rows (test_rl_dashboard_api), panels against the lines of a live run
-(test_rl_dashboard_live).
+Elsewhere: every sentence of the verdict and the shares of a real run (test_throughput_verdict), every rule of the
+alerts (test_alerts), histograms against rows (test_dashboard_api), panels against the lines of a live run
+(test_dashboard_live).
 """
 
 import json
@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from policy.engine.protocol import EngineStats
+from rl.dashboard.metrics import MetricTables
 from rl.dashboard.overview import glance
 from rl.loop.step_time import PARTS, StepTime, busy_since
+from rl.monitor.learning_verdict import VerdictSettings
 from rl.monitor.monitor import Monitor
 from rl.runs.run_folder import RunFolder
 from rollout.schedule.lease import WorkerStatus
@@ -67,7 +69,7 @@ def test_under_a_scripted_clock_the_overview_s_idle_ratio_verdict_and_alerts_fol
         assert sum(row[f"time/{part}"] for part in PARTS) == pytest.approx(end_s - start_s, rel=0.02)
     assert sum(row["time/step"] for row in rows) == pytest.approx(wall_s, rel=0.02)
 
-    told = glance(folder, max_staleness=2)
+    told = glance(folder, MetricTables().get(folder.metrics), VerdictSettings(max_staleness=2))
     waited_s = sum(s["end_s"] - s["start_s"] for s in spans if s["activity"] == "wait_for_batch")
     assert told["sentence"] == (
         f"rollout-bound: the learner waits {waited_s / wall_s:.0%} of the time; add workers or raise max_staleness"

@@ -20,17 +20,23 @@ from rl.cli.readers.plot import draw, with_values
 from rl.cli.readers.show import LAST_METRICS
 from rl.monitor.json_lines import read_json_lines
 from rl.monitor.progress import duration, visible
-from rl.monitor.verdict import judge
+from rl.monitor.verdict import judge, verdict_settings
 from rl.runs.run_folder import RunFolder, RunFolderError
 from rl.runs.usage import UsageError, resolve_run
 
 STYLE = """
+:root { color-scheme: light dark } a { color: inherit }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430 }
 h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 table { border-collapse: collapse } td, th { padding: .15rem .9rem .15rem 0; text-align: left; vertical-align: top }
-td { overflow-wrap: anywhere } .muted { color: #667 } .bad { color: #a00 }
+.scroll { overflow-x: auto } td { max-width: 34rem; overflow-wrap: break-word }
+.muted { color: #667 } .bad { color: #a00 }
 pre { background: #f4f5f7; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem } img { max-width: 49%; height: auto }
+@media (prefers-color-scheme: dark) {
+  body { color: #dde3ea; background: #14181d } .muted { color: #93a0ad }
+  .bad { color: #ff8a80 } pre { background: #1e242b }
+}
 @media (max-width: 44rem) { .pair { grid-template-columns: 1fr } img { max-width: 100% } }
 """
 MAX_ALERTS = 100
@@ -88,7 +94,7 @@ def _table(rows: Sequence[Sequence[Any]], head: Sequence[str] = ()) -> str:
         return ""
     lines = ["<tr>" + "".join(f"<td>{_text(_rounded(cell))}</td>" for cell in row) + "</tr>" for row in rows]
     top = "<tr>" + "".join(f"<th>{_text(cell)}</th>" for cell in head) + "</tr>" if head else ""
-    return f"<table>{top}{''.join(lines)}</table>"
+    return f'<div class="scroll"><table>{top}{"".join(lines)}</table></div>'
 
 
 def _rounded(value: Any) -> Any:
@@ -117,9 +123,10 @@ def _head(folder: RunFolder, summary: Mapping[str, Any]) -> str:
 
 
 def _verdict(folder: RunFolder, rows: Sequence[Mapping[str, Any]]) -> str:
-    bound = settings_of(folder).get("rollout.max_staleness")
-    verdict = judge(rows, max_staleness=bound if isinstance(bound, int) else 0)
-    return f"<p>{_text(verdict.sentence)}</p>" if verdict.limit != "unknown" else ""
+    verdict = judge(rows, verdict_settings(settings_of(folder)))
+    learning, throughput = map(_text, verdict.lines)
+    speed = f"<p>{throughput}</p>" if verdict.throughput.limit != "unknown" else ""
+    return f"<p><strong>{learning}</strong></p>{speed}"
 
 
 def _alerts(folder: RunFolder) -> str:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rl.cli.readers.diff import settings_of
+from rl.monitor.learning_verdict import LearningJudge
 from rl.monitor.progress import BARS, duration, visible
-from rl.monitor.verdict import Verdict, judge
+from rl.monitor.throughput_verdict import judge_throughput
+from rl.monitor.verdict import RunVerdict, verdict_settings
 from rl.runs.run_folder import RunFolder, RunFolderError, RunState
 from rl.runs.usage import UsageError, resolve_run
 
@@ -72,7 +74,7 @@ class Glance:
     """Since its last sign of life, by this machine's clock."""
     eta_s: float | None
     """From the pace of the last steps; None while it is unknown and after the end."""
-    verdict: Verdict
+    verdict: RunVerdict
     metrics: dict[str, float | None]
     """Of the last learner step."""
     evaluation: dict[str, Any]
@@ -94,7 +96,8 @@ class RunWatch:
         self._event_lines = FollowedLines(folder.events)
         settings = settings_of(folder)
         self._steps = int(settings["steps"])
-        self._max_staleness = int(settings["rollout.max_staleness"])
+        self._judged_by = verdict_settings(settings)
+        self._learning = LearningJudge(self._judged_by)
 
     @staticmethod
     def open(root: str, run: str) -> "RunWatch":
@@ -116,7 +119,10 @@ class RunWatch:
             steps=self._steps,
             silent_s=max(0.0, self._clock() - state.heartbeat_s),
             eta_s=self._eta_s(state),
-            verdict=judge(list(self.rows), max_staleness=self._max_staleness),
+            verdict=RunVerdict(
+                learning=self._learning.verdict(),
+                throughput=judge_throughput(list(self.rows), max_staleness=self._judged_by.max_staleness),
+            ),
             metrics={name: value for name, value in last.items() if "/" in name},
             evaluation=self.evaluations[-1] if self.evaluations else {},
             error=state.error,
@@ -132,7 +138,9 @@ class RunWatch:
         if anew:
             self.rows.clear()
             self.evaluations.clear()
+            self._learning = LearningJudge(self._judged_by)
         for row in rows:
+            self._learning.add(row)
             (self.rows if row["kind"] == "step" else self.evaluations).append(row)
         events, anew = self._event_lines.new()
         if anew:
@@ -173,7 +181,8 @@ def print_glance(watch: RunWatch, *, as_json: bool = False) -> int:
         print(json.dumps(asdict(glance)))
         return 0
     print(visible(headline(glance)))
-    print(glance.verdict.sentence)
+    for line in glance.verdict.lines:
+        print(line)
     if glance.error:
         print(visible(glance.error))
     for metric in WATCHED:

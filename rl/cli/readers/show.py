@@ -23,7 +23,7 @@ from rl.cli.readers.sweep_list import sweep_places, sweep_table, sweeps_of
 from rl.monitor.alerts import active_alerts
 from rl.monitor.json_lines import read_json_lines
 from rl.monitor.progress import duration, plain_console, sparkline, visible
-from rl.monitor.verdict import judge
+from rl.monitor.verdict import judge, settings_of_config
 from rl.runs import run_folder
 from rl.runs.notes import Notes, read_notes
 from rl.runs.run_folder import RunFolder, RunFolderError, RunSummary
@@ -120,11 +120,12 @@ def show_run(run: str, *, root: str = "runs", as_json: bool = False) -> int:
     )
     if facts["error"]:
         console.print(Text(visible(facts["error"]), style="red"))
+    console.print(Text(facts["verdict"], style="bold"), soft_wrap=True)
     changed = "  ".join(f"{key}={value}" for key, value in facts["changed"].items())
     console.print(Text(f"\nsettings that differ from the defaults: {changed or 'none'}"))
     _print_evaluations(console, facts["evaluations"])
     _print_last_step(console, facts["metrics"])
-    console.print(Text(f"\n{facts['verdict']}"))
+    console.print(Text(f"\n{facts['throughput']}"))
     for alert in facts["alerts"]:
         console.print(Text(visible(f"alert since step {alert['step']}: {alert['rule']}: {alert['text']}"), style="red"))
     if facts["trajectories"]:
@@ -168,6 +169,7 @@ def _run_facts(folder: RunFolder) -> dict[str, Any]:
         raise UsageError(str(error)) from None
     config = _config_of(folder)
     rows = list(read_json_lines(folder.metrics))
+    verdict = judge(rows, settings_of_config(config))
     steps = [row for row in rows if row["kind"] == "step"]
     return {
         "run": folder.name,
@@ -179,7 +181,9 @@ def _run_facts(folder: RunFolder) -> dict[str, Any]:
         "changed": _changed(config),
         "evaluations": [row for row in rows if row["kind"] == "evaluation"],
         "metrics": steps[-1] if steps else {},
-        "verdict": judge(rows, max_staleness=config.rollout.max_staleness).sentence,
+        "verdict": verdict.learning.sentence,
+        "learning": asdict(verdict.learning),
+        "throughput": verdict.throughput.sentence,
         "alerts": list(active_alerts(read_json_lines(folder.events)).values()),
         "trajectories": _trajectory_counts(folder),
         "summary": json.loads(folder.summary.read_text()) if folder.summary.is_file() else {},

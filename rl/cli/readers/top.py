@@ -60,7 +60,7 @@ def make_app(watch: RunWatch, *, refresh_s: float = REFRESH_S) -> "App[None]":
                 self.query_one("#error", Static).update(visible(str(error)))
                 return
             self.query_one("#head", Static).update(visible(headline(glance)))
-            self.query_one("#verdict", Static).update(visible(glance.verdict.sentence))
+            self.query_one("#verdict", Static).update(visible("\n".join(glance.verdict.lines)))
             self.query_one("#error", Static).update(visible(glance.error))
             table = self.query_one(DataTable)
             table.clear()

@@ -91,11 +91,13 @@ export async function forget(nodes) {
 
 // A title would lie under a legend: beside one it is the y-axis's.
 function layout(title, { log = false, xTitle = "", legend = false } = {}) {
+  const [ink, line, paper] = ["--ink", "--line", "--paper"].map((name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim());
   return {
+    paper_bgcolor: paper, plot_bgcolor: paper, font: { color: ink },
     title: { text: legend ? "" : plain(title), font: { size: 12 }, x: 0.02, xanchor: "left" },
     margin: { l: 52, r: 10, t: 28, b: 34 }, showlegend: legend, legend: { font: { size: 10 }, orientation: "h", y: 1.02, yanchor: "bottom" },
-    xaxis: { title: { text: xTitle, font: { size: 11 }, standoff: 4 }, gridcolor: "#eee" },
-    yaxis: { title: { text: legend ? plain(title) : "", font: { size: 11 }, standoff: 6 }, type: log ? "log" : "linear", gridcolor: "#eee", zeroline: false, automargin: true }, hovermode: "closest",
+    xaxis: { title: { text: xTitle, font: { size: 11 }, standoff: 4 }, gridcolor: line },
+    yaxis: { title: { text: legend ? plain(title) : "", font: { size: 11 }, standoff: 6 }, type: log ? "log" : "linear", gridcolor: line, zeroline: false, automargin: true }, hovermode: "closest",
   };
 }
 

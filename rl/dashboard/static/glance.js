@@ -10,8 +10,12 @@ export function glanceOf(run, signal) {
   return ask(["runs", run, "glance"], {}, signal);
 }
 
-export function alertsNode({ limit, sentence, active, alerts }) {
-  const line = el("p", { id: "verdict", class: "verdict", "data-limit": limit }, sentence);
+const BAD_STATES = ["collapsed", "nothing to learn from", "environment failing"];
+
+export function alertsNode({ learning, limit, sentence, active, alerts }) {
+  const line = el("div", {},
+    el("p", { id: "learning", class: BAD_STATES.includes(learning.state) ? "verdict bad" : "verdict", "data-state": learning.state }, el("b", {}, learning.sentence)),
+    el("p", { id: "verdict", class: "verdict", "data-limit": limit }, sentence));
   const lasting = active.map((alert) => el("p", { class: "verdict bad", "data-alert": alert.rule }, el("b", {}, alert.rule), `: ${text(alert.text)}`));
   if (!alerts.length) return [line, el("p", { class: "dim", id: "alerts" }, "no alerts")];
   const rows = table([["time (s)", (a) => num(a.time_s), true], ["step", (a) => num(a.step), true], ["rule", (a) => a.rule], ["", (a) => a.state],

@@ -33,13 +33,14 @@ async function show() {
   try {
     const { parts, query } = readHash();
     const [, run, name = "overview", key] = parts;
-    navigation(parts[0] === "sweep" ? undefined : run, name);
+    navigation(parts[0] === "run" ? run : undefined, name);
     fill(view, el("p", { class: "dim" }, "loading"));
     if (parts[0] === "sweep" && run) await sweepView(view, run, query, signal);
-    else if (parts[0] !== "run" || !run) await runsView(view, query, signal);
+    else if (parts.length && (parts[0] !== "run" || !run)) throw new Error(`there is no page #/${parts.join("/")}: #/ shows all runs`);
+    else if (!parts.length) await runsView(view, query, signal);
     else if (DETAILS[name]) await DETAILS[name](view, run, key, query, signal);
     else if (VIEWS[name]) await VIEWS[name](view, run, query, signal, key);
-    else throw new Error(`there is no view ${name}`);
+    else throw new Error(`there is no view ${name}: ${Object.keys(VIEWS).join(", ")}`);
     if (!signal.aborted) view.setAttribute("data-ready", location.hash || "#/");
   } catch (error) {
     if (!signal.aborted) fill(view, el("p", { class: "bad" }, error.message));

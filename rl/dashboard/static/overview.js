@@ -36,7 +36,8 @@ const painted = () => new Promise((resolve) => {
 export async function overviewView(view, run, query, signal) {
   const [facts, told] = await Promise.all([ask(["runs", run], {}, signal), glanceOf(run, signal)]);
   const known = new Map(facts.keys.map(({ key, n }) => [key, n]));
-  const latest = Object.fromEntries(facts.keys.map(({ key, last }) => [key, last]));
+  const latest = Object.fromEntries(facts.keys.map(({ key, last, step }) => [key, { value: last, step }]));
+  let newest = facts.last.step ?? 0;
   const state = el("p", { id: "state" });
   const glance = el("div", { id: "glance" }, alertsNode(told));
   const numbers = el("div", { class: "numbers" });
@@ -62,7 +63,7 @@ export async function overviewView(view, run, query, signal) {
   fill(view, el("h1", {}, run), glance, state, el("p", {}, "trajectories: ", counts.length ? counts : "none yet"), numbers, panels,
     histogramsNode(run, query.step || "", signal, new Promise((resolve) => { allDrawn = resolve; })));
   showState(state, facts.state);
-  showNumbers(numbers, latest);
+  showNumbers(numbers, latest, newest);
 
   const store = {}; // key -> step, y, n of the file's points that are in them, and how many the stream has come past
   const load = async (chosen) => {
@@ -109,8 +110,9 @@ export async function overviewView(view, run, query, signal) {
       if (names.size) add(names);
       for (const row of rows) append(store, row);
       if (Object.values(store).some(({ y }) => y.length > MAX_POINTS)) thin();
-      for (const row of rows) for (const key of NUMBERS) if (key in row) latest[key] = row[key];
-      showNumbers(numbers, latest);
+      for (const row of rows) for (const key of NUMBERS) if (key in row) latest[key] = { value: row[key], step: row.step };
+      newest = Math.max(newest, ...rows.map((row) => row.step));
+      showNumbers(numbers, latest, newest);
       judge();
       if (!due) due = setTimeout(() => { due = null; if (!signal.aborted) draw(); }, 300);
     },
@@ -152,6 +154,12 @@ function showState(node, state) {
   fill(node, el("b", { class: bad ? "bad" : null }, state.status), ` at step ${num(state.step)}`, state.error ? el("pre", { class: "bad" }, state.error) : "");
 }
 
-function showNumbers(node, latest) {
-  fill(node, NUMBERS.filter((key) => key in latest).map((key) => el("div", { "data-metric": key, title: key }, el("b", {}, num(latest[key], 3)), el("span", { class: "dim" }, key))));
+// A metric that the newest step does not tell is shown with the step of its value, and dimmed.
+function showNumbers(node, latest, newest) {
+  fill(node, NUMBERS.filter((key) => key in latest).map((key) => {
+    const { value, step } = latest[key];
+    const old = step < newest;
+    return el("div", { "data-metric": key, "data-step": step, class: old ? "old" : null, title: `${key} at step ${num(step)}` },
+      el("b", {}, num(value, 3)), el("span", { class: "dim" }, old ? `${key}, step ${num(step)}` : key));
+  }));
 }

@@ -7,7 +7,7 @@ import pytest
 from rl.loop.step_time import PARTS, StepTime
 from rl.monitor.json_lines import read_json_lines
 from rl.monitor.monitor import Monitor
-from rl.monitor.verdict import MIN_STEPS, WINDOW_STEPS, judge
+from rl.monitor.throughput_verdict import MIN_STEPS, WINDOW_STEPS, judge_throughput
 from tests.fakes import FakeClock
 from tests.rl.training import small_config, train_in_process
 
@@ -61,30 +61,32 @@ def steps(count: int = 5, **seconds: float | None) -> list[dict]:
     ],
 )  # fmt: skip
 def test_the_sentence_follows_from_the_rows(seconds, max_staleness, limit, sentence):
-    found = judge(steps(**seconds), max_staleness=max_staleness)
+    found = judge_throughput(steps(**seconds), max_staleness=max_staleness)
     assert (found.limit, found.sentence, found.num_steps) == (limit, sentence, 5)
 
 
 def test_shares_are_of_time_and_not_means_of_ratios():
     rows = [*steps(2, wait=0.0), *steps(1, wait=0.9)]
     rows[-1]["time/step"] = 1.0
-    assert judge(rows, max_staleness=2).learner_idle == pytest.approx(0.9 / 21.0)
+    assert judge_throughput(rows, max_staleness=2).learner_idle == pytest.approx(0.9 / 21.0)
 
 
 def test_only_the_newest_steps_count_and_evaluations_and_lost_numbers_are_passed_over():
     old, new = steps(30, wait=9.0), steps(WINDOW_STEPS, wait=1.0)
     broken = {"kind": "step", "step": 99, "time/step": None, "time/wait_for_batch": None}
-    found = judge([*old, *new, {"kind": "evaluation", "step": 20, "eval/success": 1.0}, broken], max_staleness=2)
+    found = judge_throughput(
+        [*old, *new, {"kind": "evaluation", "step": 20, "eval/success": 1.0}, broken], max_staleness=2
+    )
     assert (found.num_steps, found.learner_idle) == (WINDOW_STEPS, pytest.approx(0.1))
 
 
 def test_engines_of_which_no_heartbeat_came_yet_are_not_called_idle():
-    found = judge(steps(wait=5.7, busy=0.0), max_staleness=2)
+    found = judge_throughput(steps(wait=5.7, busy=0.0), max_staleness=2)
     assert (found.rollout_idle, found.limit) == (None, "rollout")
 
 
 def test_two_steps_are_no_verdict():
-    found = judge(steps(MIN_STEPS - 1, wait=9.0), max_staleness=2)
+    found = judge_throughput(steps(MIN_STEPS - 1, wait=9.0), max_staleness=2)
     assert (found.limit, found.learner_idle) == ("unknown", None) and found.sentence.startswith("no verdict yet: 2 of")
 
 
@@ -162,5 +164,7 @@ def test_the_monitor_s_verdict_is_that_of_the_rows_it_wrote(tmp_path):
     monitor.close()
     rows = list(read_json_lines(tmp_path / "metrics.jsonl"))
     (event,) = read_json_lines(tmp_path / "events.jsonl")
-    assert event["sentence"] == judge(rows, max_staleness=2).sentence == monitor.verdict().sentence
+    assert (
+        event["sentence"] == judge_throughput(rows, max_staleness=2).sentence == monitor.verdict().throughput.sentence
+    )
     assert (event["kind"], event["limit"], event["learner_idle"]) == ("verdict", "rollout", pytest.approx(0.57))
