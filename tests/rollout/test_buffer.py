@@ -14,6 +14,7 @@ from rollout.record.trajectory import StopReason, Trajectory, TrajectoryGroup, T
 from rollout.schedule.buffer import BufferClosed, BufferStats, GroupBuffer
 from rollout.schedule.staleness import SlotGate, StalenessBound, StalenessViolation
 from tests.fakes import FakeClock
+from tests.virtual_time import VirtualLoop
 
 SOON_S = 0.001
 """Timeout of a take that must not succeed."""
@@ -146,7 +147,8 @@ def test_groups_that_go_on_ending_are_no_stall() -> None:
         await buffer.put(group("5"))
         return [g.group_id for g in await waiting]
 
-    assert asyncio.run(scenario()) == ["5"]
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        assert runner.run(scenario()) == ["5"]
 
 
 def test_a_timeout_names_what_was_waited_for_and_loses_nothing() -> None:
