@@ -3,12 +3,14 @@
 A request brings the whole history again. Where that history is one we sampled, unchanged, the recorded ids are used
 as they are and only the new messages are rendered behind them. Where the client rewrote it (a summary, a dropped turn,
 an edited answer, other tools) a new row begins with the history as given: its tokens were not sampled from it.
+
+A client's retry of a turn gets the answer that was sampled for it. An equal request sent on purpose is sampled again.
 """
 
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, takewhile
 from typing import Any, Literal
@@ -18,7 +20,9 @@ from policy.engine.protocol import Completion, EngineError, UnsupportedRequest
 from rollout.dialects.dialect import ParsedTurn
 from rollout.play.episode import DeadlinePassed, Episode
 from rollout.play.token_row import TokenRow
-from rollout.serve.serving_wire import ApiError, ChatRequest, ServedTurn
+from rollout.serve.chat_answer import ServedTurn
+from rollout.serve.chat_request import ApiError, ChatRequest
+from rollout.serve.history import canonical
 
 MAX_ROWS = 64
 """Rows of one session: a client that rewrites its history at every turn is told so."""
@@ -46,25 +50,51 @@ class Thread:
     tools: str
     """The tools shown, canonical."""
     history: list[str] = field(default_factory=list)
-    """The messages in the row, canonical, the last one sampled."""
+    """The messages before its last turn, canonical."""
+    told: tuple[str, ...] = ()
+    """How the client may bring its last turn back, canonical: as told, or with the stop text put back."""
     open: bool = True
     """Its last turn ended by itself, so that a reply can follow."""
 
+    @property
+    def num_messages(self) -> int:
+        return len(self.history) + 1
+
     def continued_by(self, messages: Sequence[Message], history: list[str], tools: str) -> bool:
-        known = len(self.history)
+        before = len(self.history)
         return (
             self.open
             and self.tools == tools
-            and known < len(history)
-            and history[:known] == self.history
-            and all(message.role != "assistant" for message in messages[known:])
+            and self.num_messages < len(history)
+            and history[:before] == self.history
+            and history[before] in self.told
+            and all(message.role != "assistant" for message in messages[self.num_messages :])
         )
+
+
+@dataclass(slots=True)
+class Answer:
+    """What one request is answered, kept for its retries."""
+
+    turns: asyncio.Task[tuple[ServedTurn, ...]]
+    """Sampled for it, or the `ApiError` that refuses it."""
+    is_gone: Callable[[], Awaitable[bool]]
+    """Whether the client has left, asked while the answer is on its way."""
+    arrived: bool | None = None
+    """Whether all of it was sent to a client that still listened; None while it is on its way."""
+
+    @property
+    def failed(self) -> bool:
+        return self.turns.done() and (self.turns.cancelled() or self.turns.exception() is not None)
+
+    async def broke(self) -> bool:
+        return not self.arrived if self.arrived is not None else await self.is_gone()
 
 
 class ServedSession:
     """The agent's side of one episode.
 
-    Example: turn = await session.complete(chat); session.finish(SessionEnd(kind="reward", reward=1.0)); then
+    Example: (turn,) = await session.complete(chat); session.finish(SessionEnd(kind="reward", reward=1.0)); then
     episode.rows[-1].record.token_ids.
     """
 
@@ -91,6 +121,7 @@ class ServedSession:
         self._settings = episode.context.settings
         self._renderer = episode.context.renderer
         self._threads: list[Thread] = []
+        self._answers: dict[str, list[Answer]] = {}
         self._num_turns = 0
         self._one_at_a_time = asyncio.Lock()
 
@@ -105,34 +136,62 @@ class ServedSession:
             raise ApiError(f"session {self.session_id!r} has ended", code=409)
         self.ended.set_result(end)
 
-    async def complete(self, chat: ChatRequest) -> ServedTurn:
-        """Sample the turn that follows `chat.messages`. Raises `ApiError`."""
+    async def answer(
+        self, chat: ChatRequest, digest: str, *, is_retry: bool, is_gone: Callable[[], Awaitable[bool]]
+    ) -> Answer:
+        """The kept answer where this request is one sent again, else a new one. `digest` names the request's body;
+        `is_retry`: the client says so. One whose first answer did not arrive is a retry too."""
+        known = [answer for answer in self._answers.get(digest, []) if not answer.failed]
+        broken = [answer for answer in known if await answer.broke()]
+        if broken or (is_retry and known):
+            answer = broken[0] if broken else known[-1]
+            answer.arrived, answer.is_gone = None, is_gone
+            return answer
+        answer = Answer(asyncio.create_task(self.complete(chat)), is_gone)
+        self._answers[digest] = [*known, answer]
+        return answer
+
+    async def complete(self, chat: ChatRequest) -> tuple[ServedTurn, ...]:
+        """Sample the turns that may follow `chat.messages`, one for each choice. Raises `ApiError`."""
         async with self._one_at_a_time:
-            if self.ended.done():
-                raise ApiError(f"session {self.session_id!r} has ended", code=409)
-            thread, given = self._thread_of(chat)
-            num_tokens = len(thread.row.record) + len(given)
-            if num_tokens >= self._settings.max_model_tokens:
-                raise ApiError(
-                    f"the conversation has {num_tokens} tokens; it must stay below "
-                    f"{self._settings.max_model_tokens} (engine.max_model_tokens)",
-                    param="messages",
-                )
-            return await self._take_turn(thread, given, chat)
+            return tuple([await self._choice(chat, index) for index in range(chat.choices)])
+
+    async def _choice(self, chat: ChatRequest, index: int) -> ServedTurn:
+        if self.ended.done():
+            raise ApiError(f"session {self.session_id!r} has ended", code=409)
+        thread, given = self._thread_of(chat)
+        opening = self._opening(chat)
+        num_tokens = len(thread.row.record) + len(given) + len(opening)
+        if num_tokens >= self._settings.max_model_tokens:
+            raise ApiError(
+                f"the conversation has {num_tokens} tokens; it must stay below "
+                f"{self._settings.max_model_tokens} (engine.max_model_tokens)",
+                param="messages",
+            )
+        if index and chat.seed is not None:
+            chat = replace(chat, seed=chat.seed + index)  # with one seed all choices would be the same
+        return await self._take_turn(thread, given, opening, chat)
+
+    def _opening(self, chat: ChatRequest) -> list[int]:
+        """The given ids that make a turn begin with a call, where the client demands one."""
+        if chat.must_call is None:
+            return []
+        try:
+            return self._renderer.call_opening(chat.must_call, chat.tools)
+        except ValueError as error:
+            raise ApiError(f"tool_choice: {error}; 'auto' is served", param="tool_choice") from None
 
     def _thread_of(self, chat: ChatRequest) -> tuple[Thread, list[int]]:
         """The thread that this history continues, or a new one; and the ids to add before sampling."""
         temperature = self._temperature(chat)
         # not sorted: the order of a tool's parameters is part of the prompt
-        tools = json.dumps(
-            [[t.name, t.description, t.parameters] for t in chat.tools], ensure_ascii=False
-        )  # order counts
-        history = [canonical(message) for message in chat.messages]
+        tools = json.dumps([[t.name, t.description, t.parameters] for t in chat.tools], ensure_ascii=False)
+        history = canonical(chat.messages)
         fitting = [thread for thread in self._threads if thread.continued_by(chat.messages, history, tools)]
-        thread = max(fitting, key=lambda thread: len(thread.history), default=None)
+        thread = max(fitting, key=lambda thread: thread.num_messages, default=None)
         try:
             if thread is not None and thread.row.temperature == temperature:
-                return thread, self._renderer.reply(chat.messages[len(thread.history) :], chat.tools)
+                return thread, self._renderer.reply(chat.messages[thread.num_messages :], chat.tools)
             given = self._renderer.prompt(chat.messages, chat.tools)
         except ValueError as error:  # a renderer's own words about what it cannot write
             raise ApiError(f"these messages cannot be rendered: {error}", param="messages") from None
@@ -151,27 +210,33 @@ class ServedSession:
             )
         return chat.temperature
 
-    async def _take_turn(self, thread: Thread, given: list[int], chat: ChatRequest) -> ServedTurn:
+    async def _take_turn(
+        self, thread: Thread, given: list[int], opening: list[int], chat: ChatRequest
+    ) -> ServedTurn:
         number, self._num_turns = self._num_turns, self._num_turns + 1
-        row = thread.row
+        row, given = thread.row, given + opening
         completion, sample_s = await self._sample(row, number, given, chat)
         if completion.finish_reason in ("abort", "deadline") or self.ended.done():
             raise ApiError(f"session {self.session_id!r} ended while it sampled", code=409)
         if row.turns:
-            row.reply(chat.messages[len(thread.history) :])
+            row.reply(chat.messages[thread.num_messages :])
         else:
             self._threads.append(thread)
             self._episode.begin_row(row)
         row.record.append_given(given)  # only now: a request that failed leaves no trace
         ids = completion.token_ids.tolist()
-        message = self._told(self._renderer.parse(ids, chat.tools), ids, number, chat.tools)
+        spoken = self._spoken([*opening, *ids], number, chat.tools)
+        message, cut_at = as_told(spoken, chat)
         row.take(completion, message, parse_status="ok" if message.tool_calls else "none", sample_s=sample_s)
-        thread.history = [canonical(m) for m in (*chat.messages, message)]
+        thread.history = canonical(chat.messages)
+        endings = [message, Message.assistant(message.text + cut_at)] if cut_at else [message]
+        thread.told = tuple(canonical([*chat.messages, ending])[-1] for ending in endings)
         thread.open = completion.finish_reason == "stop"
+        finish = "stop" if cut_at else completion.finish_reason
         return ServedTurn(
             completion_id=f"chatcmpl-{self.session_id}-{number}",
             message=message,
-            finish_reason="tool_calls" if message.tool_calls and thread.open else completion.finish_reason,
+            finish_reason="tool_calls" if message.tool_calls and thread.open else finish,
             prompt_tokens=row.turns[-1].start,
             token_ids=tuple(ids),
             logprobs=tuple(map(float, completion.logprobs)),
@@ -195,8 +260,9 @@ class ServedSession:
                 self.ended.set_exception(error)
             raise ApiError(f"the engine failed: {error}", code=503) from None
 
-    def _told(self, parsed: ParsedTurn, ids: list[int], turn: int, tools: Sequence[ToolSpec]) -> Message:
-        """The message as the client reads it: calls get ids of their own, ill-formed ones become text."""
+    def _spoken(self, ids: list[int], turn: int, tools: Sequence[ToolSpec]) -> Message:
+        """The ids of a turn as a message: calls get ids of their own, ill-formed ones become text."""
+        parsed: ParsedTurn = self._renderer.parse(ids, tools)
         message = parsed.message
         if parsed.status == "malformed" or (message.tool_calls and not tools):
             return Message.assistant(self._plain_text(ids))
@@ -210,8 +276,15 @@ class ServedSession:
         return "".join(name * len(list(run)) if name else self._renderer.tokenizer.decode(run) for name, run in runs)
 
 
-def canonical(message: Message) -> str:
-    """Equal for messages that say the same, however a client spells them."""
-    calls = [[call.call_id, call.name, call.arguments] for call in message.tool_calls]
-    result = message.tool_result.call_id if message.tool_result else None
-    return json.dumps([message.role, message.text, calls, result], sort_keys=True)
+def as_told(message: Message, chat: ChatRequest) -> tuple[Message, str]:
+    """(what the client is told of a turn, the stop text it was cut at or "").
+
+    Behind a stop text nothing is told, no call either: to the client sampling ended there. With `one_call` it is told
+    of the first call. The token row keeps the whole turn in every case.
+    """
+    found = [(message.text.find(stop), stop) for stop in chat.stop if stop in message.text]
+    if found:
+        at, stop = min(found)
+        return Message.assistant(message.text[:at]), stop
+    calls = message.tool_calls[:1] if chat.one_call else message.tool_calls
+    return Message.assistant(message.text, calls), ""
