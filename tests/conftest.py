@@ -25,8 +25,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 GROUPS = ("vllm", "ray", "browser")
-"""Markers whose tests run one after the other when there are several workers (`-n 2 --dist loadgroup`): two vLLM engines,
-Ray clusters or browsers at once are too much for two cores. The longest first, so that no worker is left with them."""
+"""Markers whose tests run one after the other when there are several workers (`-n 2 --dist loadgroup`): two engines of
+vLLM, Ray clusters or browsers at once are too much for two cores. The longest first: no worker is left with them."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
