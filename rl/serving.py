@@ -21,7 +21,7 @@ from rl.runs.checkpoint import load_latest
 from rl.runs.run_folder import RunFolder
 from rl.runs.usage import UsageError
 from rollout.dialects.dialect import Renderer, make_renderer
-from rollout.play.episode import EpisodeSettings
+from rollout.play.context import EpisodeContext, EpisodeSettings
 from rollout.play.swap_lock import RolloutLock
 from rollout.record.recorder import Recorder
 from rollout.record.trajectory import Trajectory, TrajectoryGroup
@@ -84,21 +84,18 @@ class Counter:
         )
 
     async def _record(self, task: Task, with_env: bool, offered: asyncio.Future[ServedSession]) -> None:
-        rows = await play_session(
-            desk=_Offers(self.desk, offered),
+        context = EpisodeContext(
             task=task,
-            session_id=f"{task.task_id}-{secrets.token_hex(4)}",
             group_id=task.task_id,
-            member=0,
+            worker="serve",
+            session=f"{task.task_id}-{secrets.token_hex(4)}",
             host=self.host if with_env else None,
             engine=self.engine,
             renderer=self.renderer,
             settings=self._settings(),
             lock=RolloutLock("none"),
-            worker="serve",
-            fixed_temperature=False,
-            seeds=lambda turn: secrets.randbits(62),
         )
+        rows = await play_session(context, desk=_Offers(self.desk, offered))
         numbered: list[Trajectory] = [replace(row, member=n) for n, row in enumerate(rows)]
         group = TrajectoryGroup(group_id=task.task_id, task=task, attempt=0, trajectories=tuple(numbered))
         self.recorder.write([group])
@@ -112,7 +109,8 @@ class Counter:
             max_model_tokens=self.engine.capabilities.max_model_tokens,
             deadline_s=self.deadline_s,
             score_timeout_s=self.config.env.reward_timeout_s + SCORE_GRACE_S,
-            seed=self.config.seed,
+            seed=secrets.randbits(62),  # an equal conversation is to be sampled anew in each session
+            other_temperatures=True,
         )
 
 

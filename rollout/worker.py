@@ -25,7 +25,8 @@ from policy.model.hybrid import HybridModel
 from policy.sync.transport import PublishedSnapshot, arrived
 from policy.vllm.engine import VllmEngine
 from rollout.dialects.dialect import Renderer, make_renderer
-from rollout.play.episode import EpisodeSettings, run_episode
+from rollout.play.context import EpisodeContext, EpisodeSettings
+from rollout.play.episode import run_episode
 from rollout.play.failpoint import Failpoint
 from rollout.play.group import run_group
 from rollout.play.swap_lock import RolloutLock
@@ -67,7 +68,7 @@ class RolloutWorker:
         self._score_timeout_s = score_timeout_s
         self._failpoint = failpoint or Failpoint()
         self._agents = agents
-        self._play: Callable[..., Awaitable[Trajectory]] = (
+        self._play: Callable[[EpisodeContext], Awaitable[Trajectory]] = (
             run_episode if agents is None else functools.partial(run_external_episode, desk=agents.desk)
         )
         self._lock = RolloutLock(config.lock)
@@ -102,8 +103,8 @@ class RolloutWorker:
                 f">= {version}; it did not arrive in {deadline_s:.0f} s"
             ) from None
 
-    def _settings(self, *, temperature: float, salt: str) -> EpisodeSettings:
-        return EpisodeSettings(
+    def _context(self, task: Task, *, group_id: str, temperature: float, salt: str = "") -> EpisodeContext:
+        settings = EpisodeSettings(
             temperature=temperature,
             max_turn_tokens=self._config.max_turn_tokens,
             max_turns=self._config.max_turns,
@@ -113,6 +114,17 @@ class RolloutWorker:
             seed=self._seed,
             salt=salt,
         )
+        return EpisodeContext(
+            task=task,
+            group_id=group_id,
+            worker=self.name,
+            host=self._host,
+            engine=self._engine,
+            renderer=self._renderer,
+            settings=settings,
+            lock=self._lock,
+            failpoint=self._failpoint.hit,
+        )
 
     async def run_lease(self, lease: Lease) -> TrajectoryGroup:
         """Sample the G trajectories of a lease. The members of a group meet the same problem with other seeds."""
@@ -121,19 +133,9 @@ class RolloutWorker:
         self._groups += 1
         self._episodes += self._config.group_size
         try:
+            context = self._context(lease.task, group_id=lease.group_id, temperature=self._config.temperature)
             group = await run_group(
-                task=lease.task,
-                group_id=lease.group_id,
-                attempt=lease.attempt,
-                group_size=self._config.group_size,
-                host=self._host,
-                engine=self._engine,
-                renderer=self._renderer,
-                settings=self._settings(temperature=self._config.temperature, salt=""),
-                lock=self._lock,
-                worker=self.name,
-                failpoint=self._failpoint.hit,
-                play_episode=self._play,
+                replace(context, attempt=lease.attempt), group_size=self._config.group_size, play=self._play
             )
         finally:
             self._groups -= 1
@@ -152,21 +154,12 @@ class RolloutWorker:
         """One trajectory for each task, all tokens from the pinned version. Releases the pin whatever happens."""
         self._pinned.clear()
         gate = asyncio.Semaphore(self.evaluation_width)
-        settings = self._settings(temperature=temperature, salt=label)
 
         async def one(task: Task) -> Trajectory:
+            context = self._context(task, group_id=f"{label}/{task.task_id}", temperature=temperature, salt=label)
             async with gate:
-                return await self._play(
-                    task=task,
-                    member=0,
-                    group_id=f"{label}/{task.task_id}",
-                    host=self._host,
-                    engine=self._engine,
-                    renderer=self._renderer,
-                    settings=settings,
-                    lock=RolloutLock("none"),  # the pin already keeps swaps away
-                    worker=self.name,
-                )
+                # the pin already keeps swaps away, and no failpoint counts evaluations
+                return await self._play(replace(context, lock=RolloutLock("none"), failpoint=Failpoint().hit))
 
         try:
             await self._start_agents()

@@ -1,30 +1,32 @@
 """One episode: a policy and an environment take turns until one of them, or a limit, ends it.
 
-    reset -> prompt ids -> [ sample -> parse -> environment step -> reply ids ]* -> reward
+    reset -> lead: prompt ids -> [ sample -> parse -> environment step -> reply ids ]* -> reward
 
 Every way out gives a `Trajectory` with exactly one stop reason. Limits end the episode through `host.finish`, so that
 what stands is scored; failures leave the reward None and are kept as data. Only cancellation is raised.
+
+Who leads decides which messages come next: `take_turns` lets the environment answer each turn of the policy;
+`rollout.serve.external_episode` lets an agent program ask for turns. Sampling, recording, limits, scoring and failures
+are those of `Episode` for both.
 """
 
 import asyncio
-import hashlib
 import logging
 import math
-import time
 import traceback
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, TypeVar
 
+import numpy as np
+
 from envs.message import Message
 from envs.outcome import EnvFailure, EnvHost, ResetOutcome, StepOutcome
-from envs.task import Task
-from policy.engine.protocol import Completion, Engine, GenerationRequest, SamplingSpec
-from rollout.dialects.dialect import Renderer
-from rollout.play.swap_lock import RolloutLock
-from rollout.record.token_record import TokenRecord
-from rollout.record.trajectory import EpisodeError, StopReason, Trajectory, Turn
+from policy.engine.protocol import Completion, GenerationRequest, SamplingSpec
+from rollout.play.context import EpisodeContext
+from rollout.play.token_row import TokenRow
+from rollout.record.trajectory import EpisodeError, StopReason, Trajectory
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -34,249 +36,231 @@ ENGINE_GRACE_S = 30.0
 CLOSE_TIMEOUT_S = 10.0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EpisodeSettings:
-    """How the episodes of a run are sampled and bounded."""
-
-    temperature: float
-    max_turn_tokens: int
-    """Most tokens of one turn."""
-    max_turns: int
-    """Most turns; 0 = the environment's own limit. The smaller of both holds."""
-    max_model_tokens: int
-    """Most tokens of the whole conversation."""
-    deadline_s: float
-    """Past it an episode ends and is scored as it stands."""
-    score_timeout_s: float = 120.0
-    """Longest wait for the score of an episode that a limit ended; must exceed the host's own reward deadline."""
-    seed: int
-    """Of the run."""
-    salt: str = ""
-    """Tells apart uses of one run that may meet the same group id, such as evaluations."""
-
-    def sampling_seed(self, group_id: str, member: int, turn: int) -> int:
-        """The same for every attempt of a turn, and in every process: a retried episode samples the same tokens."""
-        name = f"{self.seed}/{self.salt}/{group_id}/{member}/{turn}"
-        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
-
-
-async def run_episode(
-    *,
-    task: Task,
-    member: int,
-    group_id: str,
-    host: EnvHost,
-    engine: Engine,
-    renderer: Renderer,
-    settings: EpisodeSettings,
-    lock: RolloutLock,
-    attempt: int = 0,
-    retry: int = 0,
-    worker: str = "",
-    failpoint: Callable[[str], None] = lambda phase: None,
-    clock: Callable[[], float] = time.monotonic,
-) -> Trajectory:
-    """Play one episode of `task` to its end.
-
-    `attempt` is the lease's, `retry` counts the tries inside it; together they name the episode's environment and
-    engine session, so that a late answer to an earlier try can never reach this one. `failpoint` is called with
-    "reset", "sample" and "tool" on entering them. `clock` gives seconds.
-    """
-    episode = _Episode(
-        task=task,
-        trajectory_id=f"{group_id}/{member}",
-        key=f"{group_id}/{member}@{attempt}.{retry}",
-        host=host,
-        engine=engine,
-        renderer=renderer,
-        settings=settings,
-        lock=lock,
-        failpoint=failpoint,
-        clock=clock,
-        seeds=lambda turn: settings.sampling_seed(group_id, member, turn),
-    )
-    try:
-        async with lock.trajectory():
-            await episode.play()
-    except Exception as error:  # episode capture: whatever failed becomes data of this one trajectory
-        episode.fail(error)
-    finally:
-        await episode.close()
-    return episode.trajectory(group_id=group_id, member=member, attempt=attempt, worker=worker)
-
-
-class _DeadlinePassed(Exception):
+class DeadlinePassed(Exception):
     """The episode's deadline passed: what stands is to be scored."""
 
 
-class _Overdue(TimeoutError):
+class Overdue(TimeoutError):
     """Somebody did not answer in time."""
 
 
-class _EnvFailed(Exception):
-    """An environment or its host reported a failure."""
+class EpisodeFailed(Exception):
+    """An environment, its host or an agent reported a failure."""
 
     def __init__(self, failure: EnvFailure) -> None:
         super().__init__(failure.message)
         self.failure = failure
 
 
-@dataclass(kw_only=True, slots=True)
-class _Episode:
-    """The state of one running episode; `where` names the phase for failure reports."""
+Lead = Callable[["Episode"], Awaitable[None]]
+"""Plays an episode that was reset until it has a stop reason; may raise whatever failed."""
 
-    task: Task
-    trajectory_id: str
-    key: str
-    host: EnvHost
-    engine: Engine
-    renderer: Renderer
-    settings: EpisodeSettings
-    lock: RolloutLock
-    failpoint: Callable[[str], None]
-    clock: Callable[[], float]
-    seeds: Callable[[int], int]
-    """Turn number -> sampling seed."""
 
-    record: TokenRecord = field(default_factory=TokenRecord)
-    turns: list[Turn] = field(default_factory=list)
-    prompt: tuple[Message, ...] = ()
-    problem_digest: str = ""
+async def run_episode(context: EpisodeContext) -> Trajectory:
+    """Play one episode of the context's task to its end, the policy and the environment in turns."""
+    (trajectory,) = await play_episode(context, take_turns)
+    return trajectory
+
+
+async def play_episode(context: EpisodeContext, lead: Lead) -> list[Trajectory]:
+    """Play one episode as `lead` wants: a trajectory for each token row, at least one."""
+    episode = Episode(context)
+    try:
+        async with context.lock.trajectory():
+            await episode.play(lead)
+    except Exception as error:  # episode capture: whatever failed becomes data of this one episode
+        episode.fail(error)
+    finally:
+        await episode.close()
+    return episode.trajectories()
+
+
+async def take_turns(episode: "Episode") -> None:
+    """The environment answers every turn of the policy, until it ends the episode or a limit does."""
+    context, shown = episode.context, episode.shown
+    settings, renderer = context.settings, context.renderer
+    max_turns = min(settings.max_turns or shown.max_turns, shown.max_turns)
+    row = episode.begin_row(TokenRow(temperature=settings.temperature, prompt=shown.messages))
+    given = renderer.prompt(shown.messages, shown.tools)
+    for turn in count(1):
+        if len(row.record) + len(given) >= settings.max_model_tokens:
+            return await episode.finish(StopReason.TRUNCATED_TOKENS)
+        row.record.append_given(given)
+        completion, sample_s = await episode.sample(row, turn)
+        parsed = renderer.parse(completion.token_ids.tolist(), shown.tools)
+        row.take(completion, parsed.message, parse_status=parsed.status, sample_s=sample_s)
+        if completion.finish_reason == "abort":
+            episode.stop = StopReason.CANCELLED
+            return None
+        if completion.finish_reason == "deadline":
+            return await episode.finish(StopReason.DEADLINE)
+        if completion.finish_reason == "length":
+            return await episode.finish(StopReason.TRUNCATED_TOKENS)
+        before = episode.env_seconds
+        step = await episode.act(parsed.message)
+        row.reply(step.messages, env_s=episode.env_seconds - before)
+        if step.terminated or step.truncated:
+            return episode.score(step, StopReason.TERMINATED if step.terminated else StopReason.TRUNCATED_TURNS)
+        if turn >= max_turns:
+            return await episode.finish(StopReason.TRUNCATED_TURNS)
+        episode.where = "render"
+        given = renderer.reply(step.messages, shown.tools)
+    return None
+
+
+@dataclass(slots=True)
+class Episode:
+    """The state of one running episode, and the only code that samples, scores, fails and closes one."""
+
+    context: EpisodeContext
+    """What it was given."""
+    rows: list[TokenRow] = field(default_factory=list)
+    """The token rows begun so far, oldest first."""
+    shown: ResetOutcome = field(default_factory=ResetOutcome)
+    """What the environment showed at its reset; empty before, and without an environment."""
     meta: dict[str, Any] = field(default_factory=dict)
+    """Facts from the environment for metrics; later ones replace earlier ones of the same name."""
     started: float = field(init=False)
+    """When it began, in seconds of the context's clock. Its deadline counts from here."""
     env_seconds: float = 0.0
+    """Seconds spent waiting for the environment so far."""
     where: str = "reset"
+    """The phase it is in, for reports of a failure: "reset" | "render" | "sample" | "step" | "reward"."""
     stop: StopReason | None = None
+    """Why it ended; None while it runs."""
     reward: float | None = None
+    """Sum of the parts; None until it was scored, and for ever where it failed."""
     reward_parts: dict[str, float] = field(default_factory=dict)
+    """The reward by cause, as the environment or the agent named them."""
     error: EpisodeError | None = None
+    """What failed, where something did."""
 
     def __post_init__(self) -> None:
-        self.started = self.clock()
+        self.started = self.context.clock()
 
-    async def play(self) -> None:
-        reset = await self._reset()
+    async def play(self, lead: Lead) -> None:
+        await self._reset()
         try:
-            await self._take_turns(reset)
-        except _DeadlinePassed:
-            await self._finish(StopReason.DEADLINE)
+            await lead(self)
+        except DeadlinePassed:
+            await self.finish(StopReason.DEADLINE)
 
-    async def _take_turns(self, reset: ResetOutcome) -> None:
-        max_turns = min(self.settings.max_turns or reset.max_turns, reset.max_turns)
-        given = self.renderer.prompt(reset.messages, reset.tools)
-        for turn in count(1):
-            if len(self.record) + len(given) >= self.settings.max_model_tokens:
-                return await self._finish(StopReason.TRUNCATED_TOKENS)
-            self.record.append_given(given)
-            completion = await self._sample(turn, reset)
-            if completion.finish_reason == "abort":
-                self.stop = StopReason.CANCELLED
-                return None
-            if completion.finish_reason == "deadline":
-                return await self._finish(StopReason.DEADLINE)
-            if completion.finish_reason == "length":
-                return await self._finish(StopReason.TRUNCATED_TOKENS)
-            step = await self._act()
-            if step.terminated or step.truncated:
-                return self._score(step, StopReason.TERMINATED if step.terminated else StopReason.TRUNCATED_TURNS)
-            if turn >= max_turns:
-                return await self._finish(StopReason.TRUNCATED_TURNS)
-            self.where = "render"
-            given = self.renderer.reply(step.messages, reset.tools)
-        return None
-
-    async def _reset(self) -> ResetOutcome:
-        self.failpoint("reset")
-        reset = await self._from_host("reset", self.host.open(self.key, self.task), self._left_s())
-        self.meta = dict(reset.meta)
-        if reset.failure is not None:
-            raise _EnvFailed(reset.failure)
-        self.prompt, self.problem_digest = reset.messages, reset.problem_digest
+    async def _reset(self) -> None:
+        self.context.failpoint("reset")
+        if self.context.host is not None:
+            opened = self.context.host.open(self.context.key, self.context.task)
+            reset = await self._from_host("reset", opened, self.left_s())
+            self.meta = dict(reset.meta)
+            if reset.failure is not None:
+                raise EpisodeFailed(reset.failure)
+            self.shown = reset
         self.where = "render"
-        return reset
 
-    async def _sample(self, turn: int, reset: ResetOutcome) -> Completion:
+    def begin_row(self, row: TokenRow) -> TokenRow:
+        self.rows.append(row)
+        return row
+
+    async def sample(
+        self,
+        row: TokenRow,
+        turn: int,
+        given: Sequence[int] = (),
+        *,
+        max_tokens: int | None = None,
+        seed: int | None = None,
+    ) -> tuple[Completion, float]:
+        """Sample turn number `turn` behind the tokens of `row` and `given`; (completion, seconds it took).
+
+        Nothing is recorded here. `max_tokens` and `seed` are an agent's own wishes. Raises `DeadlinePassed` where the
+        episode has no time left, `Overdue` for an engine that hangs, and what the engine raises.
+        """
         self.where = "sample"
-        prompt_ids = self.record.token_ids
-        async with self.lock.turn():
-            if (left_s := self._left_s()) <= 0:
-                raise _DeadlinePassed
-            self.failpoint("sample")
-            can = self.engine.capabilities
+        context, settings = self.context, self.context.settings
+        prompt_ids = np.concatenate([row.record.token_ids, np.array(given, np.int32)])
+        most = min(settings.max_turn_tokens, settings.max_model_tokens - len(prompt_ids))
+        async with context.lock.turn():
+            if (left_s := self.left_s()) <= 0:
+                raise DeadlinePassed
+            context.failpoint("sample")
+            can = context.engine.capabilities
+            if can.per_request_seed and seed is None:
+                seed = context.sampling_seed(turn)
             request = GenerationRequest(
-                request_id=f"{self.key}/{turn}",
+                request_id=f"{context.key}/{turn}",
                 prompt_ids=prompt_ids,
                 sampling=SamplingSpec(
-                    temperature=self.settings.temperature,
-                    max_tokens=min(self.settings.max_turn_tokens, self.settings.max_model_tokens - len(prompt_ids)),
-                    stop_token_ids=self.renderer.stop_token_ids,
-                    banned_token_ids=self.renderer.banned_token_ids,
-                    seed=self.seeds(turn) if can.per_request_seed else None,
+                    temperature=row.temperature,
+                    max_tokens=most if max_tokens is None else min(most, max_tokens),
+                    stop_token_ids=context.renderer.stop_token_ids,
+                    banned_token_ids=context.renderer.banned_token_ids,
+                    seed=seed,
                 ),
-                session_id=self.key if can.sessions else None,
+                session_id=context.key if can.sessions else None,
                 deadline_s=left_s,
             )
-            asked = self.clock()
-            completion = await _within(left_s + ENGINE_GRACE_S, "engine", self.engine.generate(request))
-            sample_s = self.clock() - asked
-        self.record.append_sampled(completion)
-        parsed = self.renderer.parse(completion.token_ids.tolist(), reset.tools)
-        self.turns.append(
-            Turn(
-                start=len(prompt_ids),
-                end=len(self.record),
-                message=parsed.message,
-                finish_reason=completion.finish_reason,
-                parse_status=parsed.status,
-                sample_s=sample_s,
-            )
-        )
-        return completion
+            asked = context.clock()
+            completion = await _within(left_s + ENGINE_GRACE_S, "engine", context.engine.generate(request))
+            return completion, context.clock() - asked
 
-    async def _act(self) -> StepOutcome:
-        """Hand the last turn's message to the environment."""
+    async def act(self, message: Message, *, timeout_s: float | None = None) -> StepOutcome:
+        """Hand a turn's message to the environment, which has until the deadline, or `timeout_s`, to answer."""
         self.where = "step"
-        self.failpoint("tool")
-        before = self.env_seconds
+        self.context.failpoint("tool")
+        seconds = self.left_s() if timeout_s is None else timeout_s
         try:
-            step = await self._from_host("step", self.host.step(self.key, self.turns[-1].message), self._left_s())
-        except _Overdue:
-            raise _DeadlinePassed from None
+            step = await self._from_host("step", self._host.step(self.context.key, message), seconds)
+        except Overdue:
+            raise DeadlinePassed from None
         self._take(step)
-        self.turns[-1] = replace(self.turns[-1], reply=step.messages, env_s=self.env_seconds - before)
         return step
 
-    async def _finish(self, stop: StopReason) -> None:
+    async def finish(self, stop: StopReason) -> None:
         """A limit was reached: have the episode scored as it stands."""
         self.where = "reward"
-        step = await self._from_host("score", self.host.finish(self.key), self.settings.score_timeout_s)
+        step = await self._from_host(
+            "score", self._host.finish(self.context.key), self.context.settings.score_timeout_s
+        )
         self._take(step)
-        self._score(step, stop)
+        self.score(step, stop)
+
+    @property
+    def _host(self) -> EnvHost:
+        if self.context.host is None:
+            message = "the session ended without a reward, and there is no environment to score it"
+            raise EpisodeFailed(EnvFailure(kind="env", where="reward", message=message))
+        return self.context.host
 
     async def _from_host(self, what: str, call: Coroutine[Any, Any, T], seconds: float) -> T:
-        asked = self.clock()
+        asked = self.context.clock()
         try:
             return await _within(seconds, what, call)
         finally:
-            self.env_seconds += self.clock() - asked
+            self.env_seconds += self.context.clock() - asked
 
     def _take(self, step: StepOutcome) -> None:
         self.meta |= step.meta
         if step.failure is not None:
-            raise _EnvFailed(step.failure)
+            raise EpisodeFailed(step.failure)
 
-    def _score(self, step: StepOutcome, stop: StopReason) -> None:
+    def score(self, step: StepOutcome, stop: StopReason) -> None:
+        """End with the reward of `step`."""
         if step.reward is None or not math.isfinite(step.reward):
             message = f"the episode ended with reward {step.reward!r}; it must be a finite number"
-            raise _EnvFailed(EnvFailure(kind="env", where="reward", message=message))
+            raise EpisodeFailed(EnvFailure(kind="env", where="reward", message=message))
         self.stop, self.reward, self.reward_parts = stop, float(step.reward), dict(step.reward_parts)
 
-    def _left_s(self) -> float:
-        return self.settings.deadline_s - (self.clock() - self.started)
+    def left_s(self) -> float:
+        """Seconds to the deadline; negative behind it."""
+        return self.context.settings.deadline_s - self.seconds
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return self.context.clock() - self.started
 
     def fail(self, error: Exception) -> None:
         """Keep what failed. An environment's own failure, or what it sent cannot be rendered, is not worth a retry."""
-        if isinstance(error, _EnvFailed):
+        if isinstance(error, EpisodeFailed):
             failure = error.failure
             self.error = EpisodeError(
                 kind=failure.kind,
@@ -296,43 +280,51 @@ class _Episode:
 
     async def close(self) -> None:
         """Free the environment and the engine's session. A failure here cannot change what was recorded."""
-        for name, call in (("environment", self.host.close), ("session", self.engine.close_session)):
+        key, host = self.context.key, self.context.host
+        closes = ({"environment": host.close} if host else {}) | {"session": self.context.engine.close_session}
+        for name, close in closes.items():
             try:
-                await _within(CLOSE_TIMEOUT_S, name, call(self.key))
+                await _within(CLOSE_TIMEOUT_S, name, close(key))
             except Exception:  # episode capture: the record is complete, closing must not undo it
-                log.warning("could not close the %s of episode %s", name, self.key, exc_info=True)
+                log.warning("could not close the %s of episode %s", name, key, exc_info=True)
 
-    def trajectory(self, *, group_id: str, member: int, attempt: int, worker: str) -> Trajectory:
+    def trajectories(self) -> list[Trajectory]:
+        """One for each row, at least one. The last is named for the member alone, those before it "-0", "-1" ..."""
+        rows = self.rows or [TokenRow(temperature=self.context.settings.temperature, prompt=self.shown.messages)]
+        return [self._trajectory(row, "" if row is rows[-1] else f"-{n}") for n, row in enumerate(rows)]
+
+    def _trajectory(self, row: TokenRow, suffix: str) -> Trajectory:
         assert self.stop is not None, "an episode ended without a stop reason"
+        context, record = self.context, row.record
         return Trajectory(
-            trajectory_id=self.trajectory_id,
-            group_id=group_id,
-            task=self.task,
-            member=member,
-            token_ids=self.record.token_ids,
-            loss_mask=self.record.loss_mask,
-            rollout_logprobs=self.record.logprobs,
-            policy_versions=self.record.policy_versions,
-            routed_experts=self.record.routed_experts,
-            turns=tuple(self.turns),
-            prompt=self.prompt,
+            trajectory_id=context.trajectory_id + suffix,
+            group_id=context.group_id,
+            task=context.task,
+            member=context.member,
+            token_ids=record.token_ids,
+            loss_mask=record.loss_mask,
+            rollout_logprobs=record.logprobs,
+            policy_versions=record.policy_versions,
+            routed_experts=record.routed_experts,
+            turns=tuple(row.turns),
+            prompt=row.prompt,
             reward=self.reward,
             reward_parts=self.reward_parts,
             stop_reason=self.stop,
             error=self.error,
-            temperature=self.settings.temperature,
+            temperature=row.temperature,
             meta=self.meta,
-            problem_digest=self.problem_digest,
-            attempt=attempt,
-            worker=worker,
-            engine=self.engine.capabilities.name,
-            seconds=self.clock() - self.started,
+            problem_digest=self.shown.problem_digest,
+            attempt=context.attempt,
+            worker=context.worker,
+            engine=context.engine.capabilities.name,
+            seconds=self.seconds,
             env_seconds=self.env_seconds,
         )
 
 
 async def _within(seconds: float, what: str, call: Coroutine[Any, Any, T]) -> T:
-    """Await `call` for at most `seconds`. Raises `_Overdue` then, whatever `call` raises, and CancelledError only
+    """Await `call` for at most `seconds`. Raises `Overdue` then, whatever `call` raises, and CancelledError only
     where this task itself is cancelled."""
     guard = asyncio.timeout(max(seconds, 0.0))
     try:
@@ -340,7 +332,7 @@ async def _within(seconds: float, what: str, call: Coroutine[Any, Any, T]) -> T:
             return await call
     except TimeoutError:
         if guard.expired():
-            raise _Overdue(f"{what}: no answer within {seconds:g} s") from None
+            raise Overdue(f"{what}: no answer within {seconds:g} s") from None
         raise
     except asyncio.CancelledError:
         task = asyncio.current_task()

@@ -16,7 +16,7 @@ from rl.cluster.inprocess import build_pool
 from rl.cluster.learner_service import InProcessLearner
 from rl.serving import Counter
 from rollout.dialects.dialect import make_renderer
-from rollout.play.episode import EpisodeSettings
+from rollout.play.context import EpisodeContext, EpisodeSettings
 from rollout.play.swap_lock import RolloutLock
 from rollout.record.recorder import Recorder
 from rollout.record.trajectory import StopReason, Trajectory
@@ -61,18 +61,16 @@ def serve_one(
         await desk.listen()
         episode = asyncio.create_task(
             play_session(
+                EpisodeContext(
+                    task=TASK,
+                    group_id="serve/0",
+                    host=build_pool(config),
+                    engine=engine,
+                    renderer=make_renderer(config.policy),
+                    settings=settings,
+                    lock=RolloutLock("turn"),
+                ),
                 desk=desk,
-                task=TASK,
-                session_id="serve/0",
-                group_id="serve/0",
-                member=0,
-                host=build_pool(config),
-                engine=engine,
-                renderer=make_renderer(config.policy),
-                settings=settings,
-                lock=RolloutLock("turn"),
-                fixed_temperature=True,
-                seeds=lambda turn: turn,
             )
         )
         key = {"authorization": "Bearer key"}

@@ -24,7 +24,7 @@ from rl.loop.tasks import task_entries
 from rl.monitor.monitor import Monitor
 from rl.runs.run_folder import RunFolder
 from rollout.dialects.dialect import make_renderer
-from rollout.play.episode import EpisodeSettings
+from rollout.play.context import EpisodeContext, EpisodeSettings
 from rollout.play.group import run_group
 from rollout.play.swap_lock import RolloutLock
 from rollout.record.ledger import Ledger
@@ -170,14 +170,16 @@ def train_plainly(config: TrainConfig, make_engine: Callable[[], Engine]) -> dic
                 task = await source.next()
                 groups.append(
                     await run_group(
-                        task=task,
-                        group_id=task.task_id,
+                        EpisodeContext(
+                            task=task,
+                            group_id=task.task_id,
+                            host=host,
+                            engine=engine,
+                            renderer=renderer,
+                            settings=settings,
+                            lock=RolloutLock("none"),
+                        ),
                         group_size=config.rollout.group_size,
-                        host=host,
-                        engine=engine,
-                        renderer=renderer,
-                        settings=settings,
-                        lock=RolloutLock("none"),
                     )
                 )
             learner.step(groups)

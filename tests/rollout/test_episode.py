@@ -16,7 +16,8 @@ from policy.engine.protocol import Completion, EngineError, GenerationRequest
 from policy.sync.snapshot import PolicySnapshot
 from rollout.dialects.dialect import ParsedTurn, Renderer
 from rollout.dialects.tiny_dialect import TinyRenderer
-from rollout.play.episode import EpisodeSettings, run_episode
+from rollout.play.context import EpisodeContext, EpisodeSettings
+from rollout.play.episode import run_episode
 from rollout.play.swap_lock import RolloutLock
 from rollout.record.trajectory import StopReason, Trajectory
 from tests.fakes import FakeClock, ScriptedEngine
@@ -52,7 +53,7 @@ class Engine(ScriptedEngine):
 def play(host: ScriptedHost, engine: ScriptedEngine, **changes: Any) -> Trajectory:
     arguments: dict[str, Any] = {"renderer": TINY, "settings": SETTINGS, "lock": RolloutLock("turn")}
     arguments |= {"task": TASK, "member": 0, "group_id": "g"} | changes
-    return asyncio.run(run_episode(host=host, engine=engine, **arguments))
+    return asyncio.run(run_episode(EpisodeContext(host=host, engine=engine, **arguments)))
 
 
 def test_a_two_turn_episode_is_recorded_token_by_token() -> None:
@@ -316,10 +317,17 @@ def test_cancellation_closes_everything_and_is_raised() -> None:
     async def main() -> None:
         task = asyncio.create_task(
             run_episode(
-                task=TASK, member=0, group_id="g", host=host, engine=engine, renderer=TINY, settings=SETTINGS,
-                lock=RolloutLock("turn"),
+                EpisodeContext(
+                    task=TASK,
+                    group_id="g",
+                    host=host,
+                    engine=engine,
+                    renderer=TINY,
+                    settings=SETTINGS,
+                    lock=RolloutLock("turn"),
+                )
             )
-        )  # fmt: skip
+        )
         for _ in range(5):
             await asyncio.sleep(0)
         task.cancel()

@@ -9,7 +9,7 @@ from envs.outcome import EnvFailure
 from policy.engine.protocol import EngineError, GenerationRequest
 from policy.sync.snapshot import PolicySnapshot
 from rollout.dialects.tiny_dialect import TinyRenderer
-from rollout.play.episode import EpisodeSettings
+from rollout.play.context import EpisodeContext, EpisodeSettings
 from rollout.play.group import run_group
 from rollout.play.swap_lock import RolloutLock
 from rollout.record.trajectory import StopReason, TrajectoryGroup
@@ -32,7 +32,9 @@ async def loaded_engine() -> ScriptedEngine:
 async def play(host: ScriptedHost, engine: ScriptedEngine | None = None, **changes: Any) -> TrajectoryGroup:
     arguments: dict[str, Any] = {"settings": SETTINGS, "lock": RolloutLock("turn"), "group_size": 4} | changes
     engine = engine or await loaded_engine()
-    return await run_group(task=TASK, group_id="g", host=host, engine=engine, renderer=TINY, attempt=7, **arguments)
+    group = {name: arguments.pop(name) for name in ("group_size", "max_retries") if name in arguments}
+    context = EpisodeContext(task=TASK, group_id="g", host=host, engine=engine, renderer=TINY, attempt=7, **arguments)
+    return await run_group(context, **group)
 
 
 def test_members_run_together_and_come_back_in_order_with_their_own_samples() -> None:

@@ -26,7 +26,8 @@ from rl.runs.transcript import message_text
 from rollout.dialects.dialect import Renderer, sees_images
 from rollout.dialects.qwen_dialect import IMAGE_MARKS, QwenRenderer
 from rollout.dialects.tiny_dialect import TinyRenderer
-from rollout.play.episode import EpisodeSettings, run_episode
+from rollout.play.context import EpisodeContext, EpisodeSettings
+from rollout.play.episode import run_episode
 from rollout.play.swap_lock import RolloutLock
 from rollout.record.recorder import Recorder, TrajectoryReader
 from rollout.record.trajectory import StopReason, Trajectory, TrajectoryGroup
@@ -93,14 +94,16 @@ def play(played: Task, renderer: Renderer, says: list[Message], member: int = 0)
         await engine.load_weights(PolicySnapshot.create(0, {}))
         try:
             return await run_episode(
-                task=played,
-                member=member,
-                group_id=played.task_id,
-                host=host,
-                engine=engine,
-                renderer=renderer,
-                settings=SETTINGS,
-                lock=RolloutLock("turn"),
+                EpisodeContext(
+                    task=played,
+                    member=member,
+                    group_id=played.task_id,
+                    host=host,
+                    engine=engine,
+                    renderer=renderer,
+                    settings=SETTINGS,
+                    lock=RolloutLock("turn"),
+                )
             )
         finally:
             await host.aclose()

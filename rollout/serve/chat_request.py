@@ -1,12 +1,13 @@
-"""OpenAI's chat format and ours: a request body to messages, a sampled turn to an answer or a stream of chunks.
+"""A request in OpenAI's chat format, read and checked.
 
 What would change the distribution that is sampled, and that Shoal does not do, is refused by name: a recorded logprob
-must be that of the distribution the token really came from.
+must be that of the distribution the token really came from. What only changes what the client is told (`stop`,
+`parallel_tool_calls`) is done there: the record keeps every sampled token.
 """
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,30 +16,50 @@ from envs.message import Message, ToolCall, ToolResult, ToolSpec
 MODEL = "shoal"
 """The one model that an endpoint serves, whatever its weights are."""
 MAX_MESSAGES = 4096
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "top_p": (None, 1, 1.0),
-    "n": (None, 1),
-    "frequency_penalty": (None, 0, 0.0),
-    "presence_penalty": (None, 0, 0.0),
-    "logit_bias": (None, {}),
-    "stop": (None, []),
-    "top_logprobs": (None, 0),
-    "response_format": (None, {"type": "text"}),
-    "parallel_tool_calls": (None, True),
+MAX_CHOICES = 8
+MAX_STOPS = 4
+FULL_DISTRIBUTION = "tokens are sampled from the whole distribution, so that their recorded logprobs are true"
+NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
+    "top_p": ((None, 1, 1.0), f"{FULL_DISTRIBUTION}; leave it out or send 1"),
+    "top_k": ((None, 0, -1), f"{FULL_DISTRIBUTION}; leave it out"),
+    "min_p": ((None, 0, 0.0), f"{FULL_DISTRIBUTION}; leave it out or send 0"),
+    "frequency_penalty": ((None, 0, 0.0), f"{FULL_DISTRIBUTION}; leave it out or send 0"),
+    "presence_penalty": ((None, 0, 0.0), f"{FULL_DISTRIBUTION}; leave it out or send 0"),
+    "logit_bias": ((None, {}), f"{FULL_DISTRIBUTION}; leave it out or send {{}}"),
+    "response_format": (
+        (None, {"type": "text"}),
+        "no engine here forces tokens into a grammar; ask for JSON in a message, or offer a tool and require it with "
+        "tool_choice",
+    ),
 }
-"""Fields of which only these values are served."""
-WITHOUT_EFFECT = ("user", "metadata", "store", "stream_options", "service_tier")
+"""Fields of which only these values are served, and why."""
+WITHOUT_EFFECT = (
+    "user",
+    "metadata",
+    "store",
+    "stream_options",
+    "service_tier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "verbosity",
+)
+"""Fields that change nothing here, whatever their value."""
 READ = (
     "model",
     "messages",
     "tools",
     "tool_choice",
+    "parallel_tool_calls",
     "temperature",
     "max_tokens",
     "max_completion_tokens",
+    "n",
+    "stop",
     "stream",
     "seed",
     "logprobs",
+    "top_logprobs",
 )
 
 
@@ -62,32 +83,23 @@ class ChatRequest:
     messages: tuple[Message, ...]
     tools: tuple[ToolSpec, ...]
     """Those shown to the policy: none where tool_choice is "none"."""
+    must_call: str | None
+    """The turn must begin a call: of this tool, "" = of any. None = as the policy likes."""
+    one_call: bool
+    """The client is told of the first call alone."""
     temperature: float | None
     """None = the session's."""
     max_tokens: int | None
     seed: int | None
+    choices: int
+    """How many turns to sample, each on its own; those after the first begin token rows."""
+    stop: tuple[str, ...]
+    """The client is told the text up to the first of these."""
     stream: bool
     include_usage: bool
     logprobs: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServedTurn:
-    """A sampled turn as the client is told of it."""
-
-    completion_id: str
-    message: Message
-    """Ill-formed calls are part of its text."""
-    finish_reason: str
-    """"stop" | "tool_calls" | "length"."""
-    prompt_tokens: int
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    policy_version: int
-    created_s: int
-
-
-# --- requests -------------------------------------------------------------------------------------------------------
+    top_logprobs: bool
+    """The list of alternatives names the sampled token: the engine knows no other's logprob."""
 
 
 def read_chat(body: Any) -> ChatRequest:
@@ -101,29 +113,58 @@ def read_chat(body: Any) -> ChatRequest:
         )
     tools = _read_tools(body.get("tools"))
     choice = body.get("tool_choice")
-    if choice not in (None, "auto", "none"):
-        raise ApiError(f"tool_choice {choice!r} is not served: 'auto' and 'none' are", param="tool_choice")
     options = body.get("stream_options") or {}
     return ChatRequest(
         messages=_read_messages(body.get("messages")),
         tools=() if choice == "none" else tools,
+        must_call=_must_call(choice, tools),
+        one_call=body.get("parallel_tool_calls") is not None and not _flag(body, "parallel_tool_calls"),
         temperature=_number(body, "temperature", 0.0, 2.0),
         max_tokens=_whole(body, "max_completion_tokens", 1) or _whole(body, "max_tokens", 1),
         seed=_whole(body, "seed", 0),
+        choices=_whole(body, "n", 1, MAX_CHOICES) or 1,
+        stop=_read_stop(body.get("stop")),
         stream=_flag(body, "stream"),
         include_usage=bool(isinstance(options, dict) and options.get("include_usage")),
         logprobs=_flag(body, "logprobs"),
+        top_logprobs=bool(_whole(body, "top_logprobs", 0, 20)),
     )
 
 
 def _refuse_unserved(body: Mapping[str, Any]) -> None:
     for name, value in body.items():
         if name in NEUTRAL:
-            if value not in NEUTRAL[name] or (isinstance(value, bool) and name != "parallel_tool_calls"):
-                served = json.dumps(NEUTRAL[name][-1])
-                raise ApiError(f"{name}={value!r} is not served: leave it out or send {served}", param=name)
+            served, why = NEUTRAL[name]
+            if value not in served or isinstance(value, bool):
+                raise ApiError(f"{name}={value!r} is not served: {why}", param=name)
         elif name not in READ and name not in WITHOUT_EFFECT and value is not None:
             raise ApiError(f"the field {name!r} is not served", param=name)
+
+
+def _must_call(choice: Any, tools: tuple[ToolSpec, ...]) -> str | None:
+    """The tool that tool_choice demands, "" for any; None where it demands none."""
+    if choice in (None, "auto", "none"):
+        return None
+    named = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+    name = "" if choice == "required" else named.get("name") if isinstance(named, dict) else None
+    if not isinstance(name, str):
+        raise ApiError(
+            f"tool_choice={choice!r} is not served: 'auto', 'none', 'required' and "
+            "{'type': 'function', 'function': {'name': ...}} are",
+            param="tool_choice",
+        )
+    if not tools or (name and name not in (tool.name for tool in tools)):
+        raise ApiError(
+            f"tool_choice demands {name or 'a tool'!r}; tools are {[t.name for t in tools]}", param="tool_choice"
+        )
+    return name
+
+
+def _read_stop(value: Any) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
+        raise ApiError(f"stop={value!r} must be a text or a list of at most {MAX_STOPS} texts", param="stop")
+    return tuple(stops)
 
 
 def _read_messages(values: Any) -> tuple[Message, ...]:
@@ -207,12 +248,13 @@ def _number(body: Mapping[str, Any], name: str, low: float, high: float) -> floa
     return float(value)
 
 
-def _whole(body: Mapping[str, Any], name: str, low: int) -> int | None:
+def _whole(body: Mapping[str, Any], name: str, low: int, high: int = 2**63 - 1) -> int | None:
     value = body.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**63:
-        raise ApiError(f"{name}={value!r} must be a whole number from {low}", param=name)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        allowed = f"from {low}" if high == 2**63 - 1 else f"from {low} to {high}"
+        raise ApiError(f"{name}={value!r} must be a whole number {allowed}", param=name)
     return value
 
 
@@ -233,94 +275,3 @@ def read_reward(body: Any) -> tuple[float, dict[str, float]]:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ApiError(f"{name}={value!r} must be a finite number", param=str(name))
     return float(reward), {str(name): float(part) for name, part in parts.items()}
-
-
-# --- answers --------------------------------------------------------------------------------------------------------
-
-
-def message_json(message: Message) -> dict[str, Any]:
-    """A message as clients send and read it."""
-    shown: dict[str, Any] = {"role": message.role, "content": message.text}
-    if message.tool_calls:
-        shown["content"] = message.text or None
-        shown["tool_calls"] = [_call_json(call) for call in message.tool_calls]
-    if message.tool_result is not None:
-        shown["tool_call_id"] = message.tool_result.call_id
-    return shown
-
-
-def tool_json(tool: ToolSpec) -> dict[str, Any]:
-    function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
-    return {"type": "function", "function": function}
-
-
-def _call_json(call: ToolCall) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
-    return {"id": call.call_id, "type": "function", "function": function}
-
-
-def answer_json(turn: ServedTurn, *, logprobs: bool) -> dict[str, Any]:
-    """The body of an answer that is not streamed."""
-    choice = {
-        "index": 0,
-        "message": message_json(turn.message),
-        "finish_reason": turn.finish_reason,
-        "logprobs": _logprobs(turn) if logprobs else None,
-    }
-    return _envelope(turn, "chat.completion") | {"choices": [choice], "usage": _usage(turn)}
-
-
-def chunks(turn: ServedTurn, *, logprobs: bool, include_usage: bool) -> Iterator[dict[str, Any]]:
-    """The same answer as deltas: the role, the text, each call's name and then its arguments, the finish reason."""
-
-    def chunk(delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
-        return _envelope(turn, "chat.completion.chunk") | {"choices": [choice]}
-
-    first = chunk({"role": "assistant", "content": ""})
-    if logprobs:
-        first["choices"][0]["logprobs"] = _logprobs(turn)
-    yield first
-    for word in _words(turn.message.text):
-        yield chunk({"content": word})
-    for index, call in enumerate(turn.message.tool_calls):
-        whole = _call_json(call)
-        arguments = whole["function"]["arguments"]
-        named = whole | {"index": index, "function": {"name": call.name, "arguments": ""}}
-        yield chunk({"tool_calls": [named]})
-        yield chunk({"tool_calls": [{"index": index, "function": {"arguments": arguments}}]})
-    yield chunk({}, turn.finish_reason)
-    if include_usage:
-        yield _envelope(turn, "chat.completion.chunk") | {"choices": [], "usage": _usage(turn)}
-
-
-def _words(text: str) -> Sequence[str]:
-    return [part for part in text.splitlines(keepends=True) if part]
-
-
-def _envelope(turn: ServedTurn, kind: str) -> dict[str, Any]:
-    return {
-        "id": turn.completion_id,
-        "object": kind,
-        "created": turn.created_s,
-        "model": MODEL,
-        "system_fingerprint": f"policy-version-{turn.policy_version}",
-    }
-
-
-def _usage(turn: ServedTurn) -> dict[str, int]:
-    sampled = len(turn.token_ids)
-    return {
-        "prompt_tokens": turn.prompt_tokens,
-        "completion_tokens": sampled,
-        "total_tokens": turn.prompt_tokens + sampled,
-    }
-
-
-def _logprobs(turn: ServedTurn) -> dict[str, Any]:
-    """Tokens are named by id: a text could stand for several."""
-    rows = [
-        {"token": f"token_id:{i}", "logprob": logprob, "bytes": None, "top_logprobs": []}
-        for i, logprob in zip(turn.token_ids, turn.logprobs, strict=True)
-    ]
-    return {"content": rows, "refusal": None}
