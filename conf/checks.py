@@ -167,6 +167,7 @@ VLLM_ARGUMENTS = {
     "dtype": "engine.vllm.dtype",
     "kv_cache_memory_bytes": "engine.vllm.kv_cache_mib",
     "tensor_parallel_size": "engine.vllm.tensor_parallel",
+    "distributed_executor_backend": "engine.vllm.tensor_parallel",
     "data_parallel_size": "rollout.workers",
     "kv_cache_dtype": "engine.vllm.kv_cache_dtype",
     "enable_prefix_caching": "engine.vllm.prefix_cache",

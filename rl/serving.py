@@ -26,9 +26,9 @@ from rollout.play.swap_lock import RolloutLock
 from rollout.record.recorder import Recorder
 from rollout.record.trajectory import Trajectory, TrajectoryGroup
 from rollout.serve.agent_desk import AgentDesk
+from rollout.serve.chat_request import ApiError
 from rollout.serve.external_episode import play_session
 from rollout.serve.serving_session import ServedSession
-from rollout.serve.serving_wire import ApiError
 from rollout.worker import SCORE_GRACE_S, build_engine
 
 END_TIMEOUT_S = 30.0

@@ -102,6 +102,7 @@ class VllmCore:
             "kv_cache_memory_bytes": own.kv_cache_mib << 20,
             "kv_cache_dtype": own.kv_cache_dtype,
             "tensor_parallel_size": own.tensor_parallel,
+            "distributed_executor_backend": "mp" if own.tensor_parallel > 1 else None,  # not Ray, though it runs
             "enable_prefix_caching": own.prefix_cache or returns_routes,  # vLLM returns none without it
             "enable_return_routed_experts": returns_routes,
             "async_scheduling": False,  # a step returns its own tokens, so they are of the weights that serve now

@@ -7,6 +7,7 @@ rows of a session in one group, with the reward that ended it.
 import asyncio
 import secrets
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 
 from rl.cli.command import Command, run_arguments
 from rl.runs.usage import UsageError
@@ -36,7 +37,7 @@ def _serve(args: Namespace) -> int:
     if not 0 < args.session_deadline <= 86400:
         raise UsageError(f"--session-deadline is more than 0 and at most 86400 seconds; got {args.session_deadline:g}")
     run = resolve_run(args.root, args.run)
-    config = read_config(run.config.read_text(), args.overrides)
+    config = read_config(run.config.read_text(), [*_untrained(args.overrides), *args.overrides])
     loopback = args.host in ("localhost", "127.0.0.1", "::1")
     key = args.key or ("" if loopback else secrets.token_urlsafe(24))
     names = tuple(name.lower() for name in (*args.name, args.host) if name not in ("0.0.0.0", "::"))
@@ -56,6 +57,13 @@ def _serve(args: Namespace) -> int:
         raise
     folder.finish("finished")
     return 0
+
+
+def _untrained(overrides: Sequence[str]) -> list[str]:
+    """Longer conversations than the learner's micro-batch holds: nothing is trained here, so it may not stand in their
+    way."""
+    values = [word.partition("=")[2] for word in overrides if word.lstrip("+").startswith("engine.max_model_tokens=")]
+    return [f"learner.micro_batch_tokens={value}" for value in values]
 
 
 SERVE = Command(

@@ -77,6 +77,11 @@ class Renderer(Protocol):
         """An assistant message as a policy would sample it, stop token included."""
         ...
 
+    def call_opening(self, name: str, tools: Sequence[ToolSpec]) -> list[int]:
+        """The given ids behind which a turn is a call of the tool `name`, of any where it is "". Raises `ValueError`
+        where this dialect cannot begin a turn so."""
+        ...
+
     def parse(self, token_ids: Sequence[int], tools: Sequence[ToolSpec]) -> ParsedTurn:
         """Sampled ids as a message. Never raises: a bad or truncated call becomes a `ToolCall` with `error`."""
         ...

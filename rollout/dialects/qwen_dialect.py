@@ -12,7 +12,7 @@ from pathlib import Path
 
 from envs.message import ImagePart, Message, ToolSpec
 from policy.model.tokenizer import HfTokenizer
-from rollout.dialects.call_grammar import MARKS, parse_turn, xml_call
+from rollout.dialects.call_grammar import CALL, MARKS, parse_turn, xml_call
 from rollout.dialects.control_text import ControlText
 from rollout.dialects.dialect import ParsedTurn, text_of
 
@@ -96,6 +96,11 @@ class QwenRenderer:
     def completion(self, message: Message, tools: Sequence[ToolSpec]) -> list[int]:
         thought = EMPTY_THOUGHT.removeprefix("<think>\n") if self._thinking else ""
         return self._control.encode(f"{thought}{self._spoken(message)}<|im_end|>")
+
+    def call_opening(self, name: str, tools: Sequence[ToolSpec]) -> list[int]:
+        if self._thinking:
+            raise ValueError("a thinking turn begins with its thought, not with a call")
+        return self._control.encode(f"{CALL}\n<function={self._control.hide(name)}" + (">\n" if name else ""))
 
     def parse(self, token_ids: Sequence[int], tools: Sequence[ToolSpec]) -> ParsedTurn:
         return parse_turn(

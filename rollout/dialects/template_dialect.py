@@ -66,6 +66,16 @@ class TemplateRenderer:
             raise ValueError("this chat template opens a finished assistant turn in another way than a new one")
         return self._after_turn(self._control.encode(whole.removeprefix(header)))[0]
 
+    def call_opening(self, name: str, tools: Sequence[ToolSpec]) -> list[int]:
+        call = {"id": "0", "type": "function", "function": {"name": SENTINEL, "arguments": {}}}
+        spoken = {"role": "assistant", "content": "", "tool_calls": [call]}
+        header = self._render([QUERY], tools, header=True)
+        whole = self._render([QUERY, spoken], tools, header=False)
+        before, found, _ = whole.removeprefix(header).partition(SENTINEL)
+        if not (found and before and whole.startswith(header)):
+            raise ValueError("this chat template does not begin a call with marks and the tool's name")
+        return self._control.encode(before + self._control.hide(name))
+
     def parse(self, token_ids: Sequence[int], tools: Sequence[ToolSpec]) -> ParsedTurn:
         return parse_turn(self.tokenizer, token_ids, stop_token_ids=self.stop_token_ids)
 

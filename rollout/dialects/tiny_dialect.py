@@ -54,6 +54,9 @@ class TinyRenderer:
                 ids += [self._arg, *self.tokenizer.encode(value)]
         return [*ids, self._end]
 
+    def call_opening(self, name: str, tools: Sequence[ToolSpec]) -> list[int]:
+        return [self._call, *self.tokenizer.encode(name)]
+
     def parse(self, token_ids: Sequence[int], tools: Sequence[ToolSpec]) -> ParsedTurn:
         turn = list(takewhile(lambda i: i != self._end, map(int, token_ids)))
         text, *segments = split(turn, self._call)

@@ -1,33 +1,27 @@
 """Where sessions wait for agents, and the HTTP face that agents call: OpenAI's chat completions plus session calls.
 
 POST   /v1/sessions                 take the next session (training), or make one (`shoal serve`)
-POST   /v1/chat/completions         sample a turn; header x-shoal-session, or base URL /sessions/ID/v1
+POST   /v1/chat/completions         sample a turn; header x-shoal-session, or base URL /sessions/ID/v1; without either,
+                                    of a session that is made for the conversation (`shoal serve`)
 POST   /v1/sessions/ID/reward       {"reward": 1.0, "parts": {...}} or {"answer": "42"}: end it
 DELETE /v1/sessions/ID              abort it: a failed episode, never reward 0
-GET    /v1/models
+GET    /v1/models, /v1/models/ID, /health
 """
 
 import asyncio
+import hashlib
 import hmac
 import json
 import socket
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from rollout.serve.chat_answer import answer_json, chunks, message_json, tool_json
+from rollout.serve.chat_request import MODEL, ApiError, ChatRequest, read_chat, read_reward
 from rollout.serve.serving_session import ServedSession, SessionEnd
-from rollout.serve.serving_wire import (
-    MODEL,
-    ApiError,
-    answer_json,
-    chunks,
-    message_json,
-    read_chat,
-    read_reward,
-    tool_json,
-)
 
 if TYPE_CHECKING:
     import uvicorn
@@ -40,7 +34,12 @@ MAX_BODY_BYTES = 8 * 2**20
 LONG_POLL_S = 10.0
 """How long a call for a session waits before it is told that there is none yet."""
 GRACE_S = 2
+KEEP_ALIVE_S = 3600
+"""Longer than a client keeps an idle connection: a server that closes first loses requests that are on their way."""
+RETRY_HEADERS = ("x-stainless-retry-count", "x-retry-count")
+"""More than 0: the client's library sends this request again."""
 
+MODEL_JSON = {"id": MODEL, "object": "model", "created": 0, "owned_by": "shoal"}
 MakeSession = Callable[[dict[str, Any]], Awaitable[ServedSession]]
 
 
@@ -63,6 +62,7 @@ class AgentDesk:
         self._server: Any = None
         self._serving: asyncio.Task[None] | None = None
         self._closing = False
+        self._unnamed: list[ServedSession] = []
 
     # --- sessions ---
 
@@ -82,6 +82,8 @@ class AgentDesk:
 
     def forget(self, session: ServedSession) -> None:
         self._sessions.pop(session.session_id, None)
+        if session in self._unnamed:
+            self._unnamed.remove(session)
         with suppress(ValueError):
             self._waiting.remove(session)
 
@@ -134,6 +136,7 @@ class AgentDesk:
         config = uvicorn.Config(
             self.app(), log_level="warning", access_log=False, server_header=False, ws="none", lifespan="off"
         )
+        config.timeout_keep_alive = KEEP_ALIVE_S
         config.timeout_graceful_shutdown = GRACE_S
         self._server = _server(config)
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
@@ -150,18 +153,23 @@ class AgentDesk:
 
     def app(self) -> "ASGIApp":
         from starlette.applications import Starlette
+        from starlette.exceptions import HTTPException
         from starlette.routing import Route
 
         return Starlette(
             routes=[
+                Route("/health", self._answer(self._health)),
                 Route("/v1/models", self._answer(self._models)),
+                Route("/v1/models/{model}", self._answer(self._model)),
                 Route("/v1/sessions", self._answer(self._new), methods=["POST"]),
                 Route("/v1/sessions/{id}/reward", self._answer(self._reward), methods=["POST"]),
                 Route("/v1/sessions/{id}", self._answer(self._abort), methods=["DELETE"]),
                 Route("/v1/chat/completions", self._answer(self._chat), methods=["POST"]),
                 Route("/sessions/{id}/v1/chat/completions", self._answer(self._chat), methods=["POST"]),
                 Route("/sessions/{id}/v1/models", self._answer(self._models)),
-            ]
+                Route("/sessions/{id}/v1/models/{model}", self._answer(self._model)),
+            ],
+            exception_handlers={HTTPException: _http_error, Exception: _failure},
         )
 
     def _answer(self, ask: "Callable[[Request, str], Awaitable[Response]]") -> Any:
@@ -197,8 +205,20 @@ class AgentDesk:
     async def _models(self, request: "Request", holder: str) -> "Response":
         from starlette.responses import JSONResponse
 
-        model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "shoal"}
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": [MODEL_JSON]})
+
+    async def _model(self, request: "Request", holder: str) -> "Response":
+        from starlette.responses import JSONResponse
+
+        name = request.path_params["model"]
+        if name != MODEL:
+            raise ApiError(f"there is no model {name[:100]!r}; this endpoint serves {MODEL!r}", code=404, param="model")
+        return JSONResponse(MODEL_JSON)
+
+    async def _health(self, request: "Request", holder: str) -> "Response":
+        from starlette.responses import JSONResponse
+
+        return JSONResponse({"status": "ok", "sessions": len(self._sessions)})
 
     async def _new(self, request: "Request", holder: str) -> "Response":
         from starlette.responses import JSONResponse
@@ -249,19 +269,41 @@ class AgentDesk:
         from starlette.responses import JSONResponse, StreamingResponse
 
         session_id = request.path_params.get("id") or request.headers.get("x-shoal-session", "")
-        if not session_id:
-            raise ApiError("which session? send the header x-shoal-session, or use the base_url of POST /v1/sessions")
-        session, chat = self.find(session_id), read_chat(await _body(request))
-        turn = await session.complete(chat)
+        body = await _body(request)
+        chat = read_chat(body)
+        session = self.find(session_id) if session_id else await self._session_of(chat, holder)
+        answer = await session.answer(chat, _digest(body), is_retry=_is_retry(request), is_gone=request.is_disconnected)
+        turns = await asyncio.shield(answer.turns)
         if not chat.stream:
-            return JSONResponse(answer_json(turn, logprobs=chat.logprobs))
+            answer.arrived = not await request.is_disconnected()
+            return JSONResponse(answer_json(turns, chat))
 
         async def events() -> AsyncIterator[str]:
-            for chunk in chunks(turn, logprobs=chat.logprobs, include_usage=chat.include_usage):
+            answer.arrived = False  # until the last chunk has gone
+            for chunk in chunks(turns, chat):
                 yield f"data: {json.dumps(chunk)}\n\n"
+            answer.arrived = not await request.is_disconnected()
             yield "data: [DONE]\n\n"
 
         return StreamingResponse(events(), media_type="text/event-stream")
+
+    async def _session_of(self, chat: ChatRequest, holder: str) -> ServedSession:
+        """Of a request that names none: the one session that its sender holds; where sessions are made on request, that
+        of the conversation it continues, or a new one. Raises `ApiError` where more than one could be meant."""
+        if self.make_session is not None:
+            going_on = (session for session in self._unnamed if session.is_continued_by(chat))
+            session = next(going_on, None)
+            if session is None:
+                session = await self.make_session({})
+                self._unnamed.append(session)
+            return session
+        held = [session for session in self._sessions.values() if session.holder == holder]
+        if len(held) != 1:
+            raise ApiError(
+                f"which session? you hold {len(held)}: send the header x-shoal-session, or use the base_url of "
+                "POST /v1/sessions"
+            )
+        return held[0]
 
 
 async def _body(request: "Request") -> dict[str, Any]:
@@ -277,6 +319,30 @@ async def _body(request: "Request") -> dict[str, Any]:
     if not isinstance(body, dict):
         raise ApiError("the body must be a JSON object")
     return body
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    """Equal for requests that ask for the same."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _is_retry(request: "Request") -> bool:
+    sent = (request.headers.get(name, "") for name in RETRY_HEADERS)
+    return any(value.isdecimal() and int(value) > 0 for value in sent)
+
+
+async def _http_error(request: "Request", error: Any) -> "Response":
+    """An address or a method that is not served, in the words that clients can read."""
+    from starlette.responses import JSONResponse
+
+    words = {404: f"there is no {request.url.path[:200]!r} here", 405: f"{request.method} is not served here"}
+    return JSONResponse(ApiError(words.get(error.status_code) or str(error.detail)).body(), error.status_code)
+
+
+async def _failure(request: "Request", error: Exception) -> "Response":
+    from starlette.responses import JSONResponse
+
+    return JSONResponse(ApiError(f"the server failed: {type(error).__name__}", code=500).body(), 500)
 
 
 def _hostname(address: str) -> str:

@@ -17,8 +17,8 @@ from rollout.play.context import EpisodeContext
 from rollout.play.episode import DeadlinePassed, Episode, EpisodeFailed, play_episode
 from rollout.record.trajectory import StopReason, Trajectory
 from rollout.serve.agent_desk import AgentDesk
+from rollout.serve.chat_request import ApiError
 from rollout.serve.serving_session import ServedSession, SessionEnd
-from rollout.serve.serving_wire import ApiError
 
 
 async def run_external_episode(context: EpisodeContext, *, desk: AgentDesk) -> Trajectory:

@@ -151,6 +151,16 @@ class ServedSession:
         self._answers[digest] = [*known, answer]
         return answer
 
+    def is_continued_by(self, chat: ChatRequest) -> bool:
+        """Whether the request goes on from a turn of this session, or asks again for one it has answered."""
+        if self.ended.done():
+            return False
+        tools, history = _tools_text(chat.tools), canonical(chat.messages)
+        return any(
+            thread.continued_by(chat.messages, history, tools) or (thread.tools == tools and thread.history == history)
+            for thread in self._threads
+        )
+
     async def complete(self, chat: ChatRequest) -> tuple[ServedTurn, ...]:
         """Sample the turns that may follow `chat.messages`, one for each choice. Raises `ApiError`."""
         async with self._one_at_a_time:
@@ -184,9 +194,7 @@ class ServedSession:
     def _thread_of(self, chat: ChatRequest) -> tuple[Thread, list[int]]:
         """The thread that this history continues, or a new one; and the ids to add before sampling."""
         temperature = self._temperature(chat)
-        # not sorted: the order of a tool's parameters is part of the prompt
-        tools = json.dumps([[t.name, t.description, t.parameters] for t in chat.tools], ensure_ascii=False)
-        history = canonical(chat.messages)
+        tools, history = _tools_text(chat.tools), canonical(chat.messages)
         fitting = [thread for thread in self._threads if thread.continued_by(chat.messages, history, tools)]
         thread = max(fitting, key=lambda thread: thread.num_messages, default=None)
         try:
@@ -210,9 +218,7 @@ class ServedSession:
             )
         return chat.temperature
 
-    async def _take_turn(
-        self, thread: Thread, given: list[int], opening: list[int], chat: ChatRequest
-    ) -> ServedTurn:
+    async def _take_turn(self, thread: Thread, given: list[int], opening: list[int], chat: ChatRequest) -> ServedTurn:
         number, self._num_turns = self._num_turns, self._num_turns + 1
         row, given = thread.row, given + opening
         completion, sample_s = await self._sample(row, number, given, chat)
@@ -274,6 +280,11 @@ class ServedSession:
         names = {i: name for name, i in self._renderer.tokenizer.control_ids.items()}
         runs = groupby(takewhile(lambda i: i not in self._renderer.stop_token_ids, ids), key=names.get)
         return "".join(name * len(list(run)) if name else self._renderer.tokenizer.decode(run) for name, run in runs)
+
+
+def _tools_text(tools: Sequence[ToolSpec]) -> str:
+    """Not sorted: the order of a tool's parameters is part of the prompt."""
+    return json.dumps([[tool.name, tool.description, tool.parameters] for tool in tools], ensure_ascii=False)
 
 
 def as_told(message: Message, chat: ChatRequest) -> tuple[Message, str]:
