@@ -36,8 +36,10 @@ from policy.model.checkpoint_io import to_numpy_tensors
 from policy.model.hf_model import load_policy_model
 from policy.model.initial import load_initial_weights
 from policy.model.model import PolicyModel
+from policy.sync.snapshot import PolicySnapshot
 from rl.algorithm.batch import pack
 from rl.algorithm.optimizer import build_optimizer, learning_rate, set_learning_rate
+from rl.loop.amplification import sample
 from rl.loop.tasks import evaluation_levels, task_entries
 from rl.runs.run_folder import RunFolder
 from rollout.dialects.dialect import Renderer, make_renderer
@@ -218,7 +220,7 @@ async def training_tasks(config: TrainConfig, count: int) -> list[Task]:
 
 
 def main(config: TrainConfig) -> int:
-    """The whole command. Weights go to sft.output, or as model.safetensors into a run folder."""
+    """The whole command. Weights go to sft.output, or as model.safetensors into a run folder; then they are sampled."""
     torch.set_num_threads(config.learner.threads)
     started = time.perf_counter()
     folder = None if config.sft.output else _new_folder(config)
@@ -259,6 +261,7 @@ def main(config: TrainConfig) -> int:
         seconds=round(time.perf_counter() - started, 1),
         final_loss=round(float(np.mean(losses[-FINAL_STEPS:])), 5),
     )
+    print(asyncio.run(sample(config, PolicySnapshot.create(0, to_numpy_tensors(model)))).sentence)
     if folder:
         folder.finish("finished")
     chosen = config.env.id if ":" in config.env.id else config.env.name

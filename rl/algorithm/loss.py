@@ -3,7 +3,7 @@
 Letters: N sampled tokens of a micro-batch, R trajectories (rows) in it.
 Names: mu the policy that sampled (rollout), prox the learner at the start of the step, theta the learner now.
 The loss is a sum over tokens, each times its share of one denominator that was taken over the whole optimizer batch
-before it was cut into micro-batches. So neither the cut nor the order can change the gradient (pitfalls A10).
+before it was cut into micro-batches. So neither the cut nor the order can change the gradient.
 """
 
 import math

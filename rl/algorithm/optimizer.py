@@ -16,7 +16,7 @@ OptimizerFunction = Callable[[ParameterGroups, OptimizerConfig], torch.optim.Opt
 
 NEVER_DECAYED = ("A_log", "dt_bias", "conv1d", "norm", "bias")
 """Parts of names. Decay would pull a Gated DeltaNet's memory span (A_log, dt_bias) and its convolution taps towards
-values without meaning, and the usual rule "bias or norm" misses A_log and conv1d (pitfalls H8)."""
+values without meaning, and the usual rule "bias or norm" misses A_log and conv1d."""
 
 COSINE_FLOOR = 0.1
 """Part of the learning rate that is left after the last step of a cosine schedule."""

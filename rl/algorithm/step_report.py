@@ -1,7 +1,7 @@
 """What a learner step tells: one report per trajectory, and the metrics of the step.
 
 Names never change silently: dashboards and alerts go by them. Every mean over trajectories is over those with a valid
-reward; ratios and counts are over all that arrived. Everything can be computed again from stored rows (pitfalls C3).
+reward; ratios and counts are over all that arrived. Everything can be computed again from stored rows.
 """
 
 from collections import Counter

@@ -121,14 +121,22 @@ def _sft(args: Namespace) -> int:
 def _eval_arguments(parser: ArgumentParser) -> None:
     run_arguments(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the run to change")
+    parser.add_argument("--checkpoint", default="", metavar="N|all", help="of learner step N, or each; default: newest")
+    parser.add_argument("--against", default="", metavar="N", help="compare it, task by task, with that of step N")
 
 
 def _eval(args: Namespace) -> int:
     from rl.cli.eval_command import evaluate_run
+    from rl.runs.run_folder import RunFolder
     from rl.runs.usage import resolve_run
 
-    folder = resolve_run(args.root, args.run)
-    return evaluate_run(str(folder.path.absolute()), overrides=args.overrides, root=args.root, as_json=args.json)
+    return evaluate_run(
+        RunFolder(path=resolve_run(args.root, args.run).path.absolute()),
+        overrides=args.overrides,
+        checkpoint=args.checkpoint,
+        against=args.against,
+        as_json=args.json,
+    )
 
 
 def _resume_arguments(parser: ArgumentParser) -> None:
@@ -219,8 +227,9 @@ COMMANDS: dict[str, Command | CommandTable] = {
         run=_resume,
     ),
     "eval": Command(
-        summary="evaluate a run's newest checkpoint on held-out tasks",
-        examples="  shoal eval latest --json\n  shoal eval latest evaluation.final_tasks=2000",
+        summary="evaluate a run's checkpoints on held-out tasks",
+        examples="  shoal eval latest --json\n  shoal eval latest evaluation.final_tasks=2000\n"
+        "  shoal eval latest --checkpoint all\n  shoal eval latest --checkpoint 100 --against 50",
         arguments=_eval_arguments,
         run=_eval,
     ),

@@ -364,7 +364,7 @@ class Controller:
         self._folder.heartbeat(step=self.progress.step)
 
     def _watch_signal(self, metrics: Mapping[str, float]) -> None:
-        """Tell once that nothing has been learned for a while (pitfalls C7). Trained rows, not differing rewards, are
+        """Tell once that nothing has been learned for a while. Trained rows, not differing rewards, are
         the sign: the price of tool calls teaches where all are correct."""
         self._quiet_steps = 0 if metrics.get("rows/trained") else self._quiet_steps + 1
         if self._quiet_steps != QUIET_STEPS:

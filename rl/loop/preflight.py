@@ -14,6 +14,7 @@ from policy.model.hybrid_config import PRESETS
 from policy.model.initial import initial_weights_file
 from policy.vllm.packages import VllmMissing, vllm_build
 from rl.algorithm.choice import choose
+from rl.monitor.tracker_packages import check_trackers
 from rollout.dialects.dialect import sees_images
 
 
@@ -41,6 +42,7 @@ def check_parts(config: TrainConfig, *, trains: bool = True) -> None:
             raise ConfigError(str(error)) from None
     if not trains:
         return
+    check_trackers(config.monitor)
     loss = config.learner.loss
     names = {"loss": loss.name, "advantage": loss.advantage, "optimizer": config.learner.optimizer.name}
     try:

@@ -48,7 +48,7 @@ def is_success(trajectory: Trajectory) -> bool:
 
 
 def summarise(trajectories: Sequence[Trajectory], *, step: int, policy_version: int) -> Evaluation:
-    """Raises RuntimeError if any token came from another version: an evaluation must not mix them (pitfalls C3)."""
+    """Raises RuntimeError if any token came from another version: an evaluation must not mix them."""
     for trajectory in trajectories:
         sampled = set(trajectory.policy_versions[trajectory.loss_mask == 1].tolist())
         if sampled - {policy_version}:

@@ -170,6 +170,17 @@ def test_ls_lists_runs_newest_first(capsys, root):
     assert "shoal train" in run(capsys, "ls", "--root", str(root / "nowhere"))[1]
 
 
+def test_ls_tells_the_success_of_a_run_that_goes_on_from_its_evaluations(capsys, root):  # faults F6
+    folder = RunFolder.create(root, "calc", "tiny_hybrid", "second-run")
+    monitor = Monitor(folder.path, load_config(["monitor=quiet"]))
+    monitor.evaluation(evaluation(0, 0.4))
+    line = next(row for row in run(capsys, "ls", "--root", str(root))[1].splitlines() if "second-run" in row)
+    assert line.split()[1:4] == ["running", "0", "0.40"]
+    monitor.evaluation(evaluation(5, 0.6))
+    monitor.close()
+    assert "0.40 -> 0.60" in run(capsys, "ls", "--root", str(root))[1]
+
+
 def test_show_tells_status_settings_curve_and_last_step(capsys, root):
     code, out, _ = run(capsys, "show", "first", "--root", str(root))
     assert code == 0

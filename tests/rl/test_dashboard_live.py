@@ -138,7 +138,7 @@ def _check_overview(page: Any, visit: Visit, folder: Path, db: sqlite3.Connectio
     before, rows, step = db.execute(counted).fetchone(), _lines(folder / "metrics.jsonl"), _state(folder)["step"]
     text = visit("overview", "overview")
     links = page.locator("#view a[href*='status=']").all_inner_texts()
-    boxes = "[...document.querySelectorAll('[data-metric]')].map((n) => [n.title, n.querySelector('b').innerText])"
+    boxes = "[...document.querySelectorAll('[data-metric]')].map(n => [n.dataset.metric, n.innerText.split('\\n')[0]])"
     shown = dict(page.evaluate(boxes))
     after = db.execute(counted).fetchone()
     found = re.search(r"running at step (\d+)", text)

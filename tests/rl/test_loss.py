@@ -79,6 +79,19 @@ def test_anchored_at_the_rollout_stale_tokens_are_clipped_by_what_was_learned_si
     assert float(metrics["clip_fraction"]) == 1.0
 
 
+def test_one_update_a_step_has_clip_and_kl_where_tokens_are_stale_and_none_with_another_anchor() -> None:  # faults F5
+    told = {}
+    for name, loss, config, rollout in (
+        ("stale", clipped, LossConfig(), [1.5, 1.5]),
+        ("lag 0", clipped, LossConfig(), [1.0, 1.0]),
+        ("proximal", clipped, DECOUPLED, [1.5, 1.5]),
+        ("gspo", gspo, LossConfig(), [1.5, 1.5]),
+    ):
+        _, metrics = loss(inputs([1.0, 1.0], [1.0, 1.0], rollout_ratios=rollout), config)
+        told[name] = (float(metrics["clip_fraction"]), pytest.approx(float(metrics["kl"])))
+    assert told == {"stale": (2.0, 2 * (0.5 - math.log(1.5))), "lag 0": (0, 0), "proximal": (0, 0), "gspo": (0, 0)}
+
+
 def test_both_anchors_push_alike_where_nothing_is_stale() -> None:
     given, same = inputs([1.0, 1.0], [2.0, -3.0]), inputs([1.0, 1.0], [2.0, -3.0])
     assert gradient(clipped(given, LossConfig())[0], given) == gradient(clipped(same, DECOUPLED)[0], same)

@@ -87,6 +87,23 @@ def test_time_to_the_end_follows_from_the_last_steps(folder):
     assert headline(glance) == "first-run  running  step 2/3  seen 5s ago  eta 10s"
 
 
+def test_a_run_without_a_step_yet_says_what_it_does(folder):  # faults F6
+    folder.metrics.write_text("")
+    folder.events.write_text("")
+    state = json.loads(folder.run_json.read_text())
+    started = Path(f"/proc/{os.getpid()}/stat").read_text().rpartition(")")[2].split()[19]
+    state |= {"status": "running", "step": 0, "pid": os.getpid(), "pid_started": started}
+    folder.run_json.write_text(json.dumps(state))
+    watch = RunWatch(folder, clock=lambda: state["started_s"] + 65.0)
+    assert headline(watch.look()).endswith("for 1m 05s it starts its processes")
+    add(folder.events, kind="cluster_started", time_s=40.0)
+    assert watch.look().stage == "for 1m 05s, now it evaluates"
+    add(folder.metrics, kind="evaluation", step=0, time_s=50.0, **{"eval/success": 0.4})
+    assert watch.look().stage == "for 1m 05s, now the first groups are sampled"
+    add(folder.metrics, kind="step", step=1, time_s=60.0)
+    assert watch.look().stage == ""
+
+
 def test_each_row_of_a_growing_file_is_given_once(tmp_path):
     path = tmp_path / "rows.jsonl"
     lines = FollowedLines(path)

@@ -74,6 +74,8 @@ class Glance:
     """Since its last sign of life, by this machine's clock."""
     eta_s: float | None
     """From the pace of the last steps; None while it is unknown and after the end."""
+    stage: str
+    """What a run does that has made no step yet; "" afterwards, and of one that has ended."""
     verdict: RunVerdict
     metrics: dict[str, float | None]
     """Of the last learner step."""
@@ -119,6 +121,7 @@ class RunWatch:
             steps=self._steps,
             silent_s=max(0.0, self._clock() - state.heartbeat_s),
             eta_s=self._eta_s(state),
+            stage=self._stage(state),
             verdict=RunVerdict(
                 learning=self._learning.verdict(),
                 throughput=judge_throughput(list(self.rows), max_staleness=self._judged_by.max_staleness),
@@ -147,6 +150,14 @@ class RunWatch:
             self.events.clear()
         self.events.extend(events)
 
+    def _stage(self, state: RunState) -> str:
+        if state.status != "running" or self.rows:
+            return ""
+        since = duration(max(0.0, self._clock() - state.started_s))
+        if not any(event["kind"] == "cluster_started" for event in self.events):
+            return f"for {since} it starts its processes"
+        return f"for {since}, now {'the first groups are sampled' if self.evaluations else 'it evaluates'}"
+
     def _eta_s(self, state: RunState) -> float | None:
         recent = list(self.rows)[-20:]
         if state.status != "running" or len(recent) < 2 or recent[-1]["step"] == recent[0]["step"]:
@@ -167,6 +178,8 @@ def headline(glance: Glance) -> str:
     parts = [glance.run, glance.status, f"step {glance.step}/{glance.steps}"]
     if glance.status == "running":
         parts.append(f"seen {duration(glance.silent_s)} ago")
+    if glance.stage:
+        parts.append(glance.stage)
     if glance.eta_s is not None:
         parts.append(f"eta {duration(glance.eta_s)}")
     if glance.evaluation.get("eval/success") is not None:

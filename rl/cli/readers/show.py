@@ -95,15 +95,24 @@ def _run_table(runs: Sequence[RunSummary], notes: Mapping[str, Notes]) -> Table:
     for run in runs:
         note = visible(notes[run.name].note.partition("\n")[0])
         said = (" ".join(notes[run.name].tags), note if len(note) <= 40 else note[:39] + "…") if noted else ()
-        success = "-"
-        if "success_after" in run.summary:
-            success = f"{run.summary['success_before']:.2f} -> {run.summary['success_after']:.2f}"
+        success = _success(run)
         if run.state is None:
             table.add_row(run.name, "unreadable", "-", success, "-", *said)
             continue
         started = f"{duration(max(0.0, time.time() - run.state.started_s))} ago"
         table.add_row(run.name, str(run.state.status), str(run.state.step), success, started, *said)
     return table
+
+
+def _success(run: RunSummary) -> str:
+    """Of its summary, or, as long as it has none, of the evaluations so far. Example: "0.43 -> 0.97" """
+    if "success_after" in run.summary:
+        return f"{run.summary['success_before']:.2f} -> {run.summary['success_after']:.2f}"
+    rows = read_json_lines(RunFolder(path=run.path).metrics)
+    found = [row["eval/success"] for row in rows if row["kind"] == "evaluation" and row.get("eval/success") is not None]
+    if not found:
+        return "-"
+    return f"{found[0]:.2f} -> {found[-1]:.2f}" if len(found) > 1 else f"{found[0]:.2f}"
 
 
 def show_run(run: str, *, root: str = "runs", as_json: bool = False) -> int:
