@@ -174,7 +174,7 @@ def _write_ledger(path: Path) -> None:
 @contextmanager
 def dashboard(root: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`shoal dash` over `root`, and its address."""
-    command = [sys.executable, "-m", "rl.cli", "dash", "--root", str(root), "--port", "0"]
+    command = [sys.executable, "-m", "rl.cli", "dash", "--root", str(root), "--port", "0", "--no-token"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=FOLDER.parent)
     try:
         assert server.stdout is not None

@@ -21,8 +21,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
 
 PAGE = DOCS / "first-ten-minutes.md"
 MARK = "@@ typed by the test: "
-VARIES = re.compile(r"^ *(user|assistant|tool|ended|- turn)\b.*\n|^[a-z]+(-bound|nous|nced): .*\n", re.MULTILINE)
-"""What a model said, and the sentence on what limits a run."""
+SAID = r" *(user|assistant|tool|ended|- turn)\b.*"
+VERDICT = r"(no learning verdict yet|learning|solved|flat|[a-z]+-bound|synchronous|balanced): .*"
+VARIES = re.compile(rf"^({SAID}|{VERDICT})\n", re.MULTILINE)
+"""What a model said, and the two sentences of a verdict."""
 REFUSED = ("shoal trian", "shoal train env=calculator rollout.max_stalenes=4")
 """Commands that the page mistypes."""
 
