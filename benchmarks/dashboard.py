@@ -36,6 +36,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.machine import describe_machine
+from benchmarks.stored_result import save_result
 
 FOLDER = Path(__file__).resolve().parent
 RUN = "large-run"
@@ -394,7 +395,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_other_kept = arguments.only and arguments.output.exists()
     result = joined(json.loads(arguments.output.read_text()) if is_other_kept else {}, parts)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    save_result(arguments.output, result)
     print(json.dumps(result) if arguments.json else json.dumps(result["figures"], indent=2))
     return 0
 

@@ -29,6 +29,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.machine import describe_machine
 from benchmarks.peers.meter import Meter
+from benchmarks.stored_result import save_result
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 SCRIPTS = CHECKOUT / "benchmarks" / "peers"
@@ -378,7 +379,7 @@ def main() -> int:
     ratios = {name: round(statistics.median(figures[task]["speedup_per_pair"]), 3) for name, task in RATIOS.items()}
     result = {"name": "e2e", "ratios": ratios, "figures": figures, "machine": describe_machine(), "paired": True}
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
+    save_result(args.output, result)
     if args.json:
         print(json.dumps(result))
     else:

@@ -27,6 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.machine import describe_machine
+from benchmarks.stored_result import save_result
 
 FOLDER = Path(__file__).resolve().parent
 BATCHES = (16, 64)
@@ -211,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         result = measure(Path(folder), arguments.threads, arguments.repeats, vocab_size)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    save_result(arguments.output, result)
     print(json.dumps(result) if arguments.json else json.dumps(result["ratios"], indent=2))
     return 0
 

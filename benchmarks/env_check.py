@@ -17,6 +17,7 @@ from typing import Any
 sys.path.pop(0)  # this folder: benchmarks/envs.py would be imported as `envs`
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.machine import describe_machine
+from benchmarks.stored_result import save_result
 from envs.registry import BUILT_IN
 from rl.cli.environments.env_check import check
 
@@ -66,7 +67,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args()
     result = measure(args.only.split(","), args.seeds)
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    save_result(args.output, result)
     figures = result["figures"]
     print(json.dumps(result) if args.json else f"{figures['passed']} of {figures['checked']} environments passed")
     return 0 if figures["passed"] == figures["checked"] else 1

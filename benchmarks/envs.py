@@ -21,12 +21,13 @@ from typing import Any
 sys.path.pop(0)  # this folder: this file would be imported as `envs`
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.machine import describe_machine
+from benchmarks.stored_result import save_result
 from conf.loading import load_config
 from envs.base import AgentEnv, call
 from envs.outcome import EnvHost
 from envs.task import Task
 from envs.tool import tool
-from rl.cluster.protocol import start_ray
+from rl.cluster.ray_start import start_ray
 
 RESULT = Path(__file__).parent / "results" / "envs.json"
 STAGES = (1_000, 10_000)
@@ -195,7 +196,7 @@ def main() -> int:
     args = parser.parse_args()
     result = asyncio.run(measure(args.live, args.actors))
     if args.live >= 100_000:
-        RESULT.write_text(json.dumps(result, indent=2) + "\n")
+        save_result(RESULT, result)
     if args.json:
         print(json.dumps(result))
     else:

@@ -20,6 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.machine import describe_machine
+from benchmarks.stored_result import save_result
 from conf.loading import read_config
 from rl.runs.run_folder import RunFolder
 
@@ -118,7 +119,7 @@ def main() -> int:
             run = train(args.root.absolute(), env, seed, args.overrides)
             print(json.dumps(run), file=sys.stderr, flush=True)
             runs = [other for other in runs if (other["env"], other["seed"]) != (env, seed)] + [run]
-            args.output.write_text(json.dumps(result_of(runs), indent=2) + "\n")
+            save_result(args.output, result_of(runs))
     result = result_of(runs)
     if args.json:
         print(json.dumps(result))

@@ -20,6 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.machine import describe_machine
+from benchmarks.stored_result import save_result
 from envs.sandbox.sandbox import Sandbox, SandboxUnavailable, open_sandbox
 from envs.worker_thread import run_sync
 
@@ -101,7 +102,7 @@ def main() -> None:
         "machine": describe_machine(),
         "paired": True,
     }
-    words.output.write_text(json.dumps(result, indent=2) + "\n")
+    save_result(words.output, result)
     if words.json:
         print(json.dumps(result))
         return

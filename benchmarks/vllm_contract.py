@@ -18,6 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.machine import describe_machine
+from benchmarks.stored_result import save_result
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 RESULT = Path(__file__).parent / "results" / "vllm_contract.json"
@@ -65,7 +66,7 @@ def main() -> int:
     figures = count(run_tests())
     met = figures["passed"] > 0 and not figures["failed"]
     result = {"name": "vllm_contract", "figures": figures, "met": met, "machine": describe_machine()}
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    save_result(RESULT, result)
     print(json.dumps(result) if args.json else json.dumps(figures, indent=2))
     return 0 if met else 1
 

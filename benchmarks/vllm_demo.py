@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.machine import describe_machine
+from benchmarks.stored_result import save_result
 from rl.runs.run_folder import RunFolder
 from rollout.record.recorder import TrajectoryReader
 
@@ -61,7 +62,7 @@ def main() -> int:
     met = is_met(found["local"], found["vllm"])
     result = {"name": "vllm_demo", "figures": found, "met": met, "machine": describe_machine()}
     if not args.words:
-        RESULT.write_text(json.dumps(result, indent=2) + "\n")
+        save_result(RESULT, result)
     print(json.dumps(result) if args.json else json.dumps(found, indent=2))
     return 0 if met else 1
 

@@ -23,6 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 from benchmarks.machine import describe_machine
+from benchmarks.stored_result import save_result
 
 RESULT = Path(__file__).parent / "results" / "vllm_engine.json"
 BATCHES = (1, 16, 64)
@@ -104,7 +105,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     result = asyncio.run(measure(args.repeats))
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    save_result(RESULT, result)
     print(json.dumps(result if args.json else result["ratios"]))
     return 0
 

@@ -22,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.machine import describe_machine
+from benchmarks.stored_result import save_result
 from rl.runs.run_folder import RunFolder
 from rollout.record.ledger import read_audit
 from rollout.record.recorder import TrajectoryReader
@@ -141,7 +142,7 @@ def main() -> int:
     name = "vllm_kills" if args.process == "inproc" else "vllm_kills_core"
     met = is_intact(found) and found["kills"] == args.kills
     result = {"name": name, "figures": found, "met": met, "machine": describe_machine()}
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    save_result(RESULTS / f"{name}.json", result)
     print(json.dumps(result) if args.json else json.dumps(found, indent=2))
     return 0 if met else 1
 

@@ -14,12 +14,12 @@ from typing import Any
 from conf.schema import TrainConfig
 from envs.outcome import EnvHost
 from envs.task import Task
-from rl.algorithm.learner_service import InProcessLearner
-from rl.cluster.protocol import build_pool
-from rl.loop.checkpoint import load_latest
+from rl.cluster.inprocess import build_pool
+from rl.cluster.learner_service import InProcessLearner
+from rl.loop.tasks import task_entries
+from rl.runs.checkpoint import load_latest
 from rl.runs.run_folder import RunFolder
 from rl.runs.usage import UsageError
-from rl.train import task_entries
 from rollout.dialects.dialect import Renderer, make_renderer
 from rollout.play.episode import EpisodeSettings
 from rollout.play.swap_lock import RolloutLock

@@ -38,8 +38,8 @@ from policy.model.initial import load_initial_weights
 from policy.model.model import PolicyModel
 from rl.algorithm.batch import pack
 from rl.algorithm.optimizer import build_optimizer, learning_rate, set_learning_rate
+from rl.loop.tasks import evaluation_levels, task_entries
 from rl.runs.run_folder import RunFolder
-from rl.train import evaluation_levels, task_entries
 from rollout.dialects.dialect import Renderer, make_renderer
 
 GRAD_CLIP = 1.0

@@ -18,14 +18,16 @@ from conf.loading import read_config, resolved_yaml
 from conf.schema import TrainConfig
 from envs.registry import environment_facts
 from envs.task import Task
-from envs.tasks.curriculum import Curriculum, Outcome, TaskEntry
+from envs.tasks.curriculum import Curriculum, Outcome
 from envs.tasks.task_source import TaskSource, counter_of, held_out_tasks
-from rl.cluster.protocol import Cluster, start_cluster
-from rl.loop.checkpoint import Checkpoint, CheckpointError, load_latest
+from rl.cluster.protocol import Cluster
+from rl.cluster.start import start_cluster
 from rl.loop.controller import Controller, Progress
-from rl.loop.evaluate import Evaluation
 from rl.loop.preflight import check_parts
+from rl.loop.tasks import evaluation_levels, task_entries
+from rl.monitor.evaluation import Evaluation
 from rl.monitor.monitor import Monitor
+from rl.runs.checkpoint import Checkpoint, CheckpointError, load_latest
 from rl.runs.run_folder import RunFolder, RunFolderError, RunStatus
 from rl.runs.transcript import transcript_text
 from rollout.record.ledger import GroupState, Ledger
@@ -39,17 +41,6 @@ DRIVER_LOG = "driver.log"
 
 class RunFailed(RuntimeError):
     """Raised when a run ends before its last step without being asked to; the cause is chained and in the folder."""
-
-
-def task_entries(config: TrainConfig) -> tuple[TaskEntry, ...]:
-    """The environments of the config, one or a mix."""
-    env = config.env
-    if not env.mix:
-        return (TaskEntry(name=env.name, env_id=env.id, weight=1.0, level=env.level, kwargs=env.kwargs),)
-    return tuple(
-        TaskEntry(name=name, env_id=entry.id, weight=entry.weight, level=entry.level, kwargs=entry.kwargs)
-        for name, entry in env.mix.items()
-    )
 
 
 def train(config: TrainConfig, *, sweep: Mapping[str, Any] | None = None) -> int:
@@ -200,15 +191,6 @@ async def _assemble(
         held_out=held_out,
         progress=left.progress,
     )
-
-
-def evaluation_levels(config: TrainConfig) -> range:
-    """Levels of held-out tasks; empty = each environment's own."""
-    if config.evaluation.level >= 0:
-        return range(config.evaluation.level, config.evaluation.level + 1)
-    if config.curriculum.sampler in ("uniform", "levels"):
-        return range(config.curriculum.min_level, config.curriculum.max_level + 1)
-    return range(0)
 
 
 def next_counter(ledger: Ledger) -> int:

@@ -24,6 +24,24 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
+GROUPS = ("vllm", "ray", "browser")
+"""Markers whose tests run one after the other when there are several workers (`-n 2 --dist loadgroup`): two engines of
+vLLM, Ray clusters or browsers at once are too much for two cores. The longest first: no worker is left with them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Groups for pytest-xdist; without it nothing but the order changes."""
+    order = {name: number for number, name in enumerate(GROUPS)}
+
+    def group(item: pytest.Item) -> str:
+        return next((name for name in GROUPS if item.get_closest_marker(name)), "")
+
+    for item in items:
+        if name := group(item):
+            item.add_marker(pytest.mark.xdist_group(name))
+    items.sort(key=lambda item: order.get(group(item), len(GROUPS)))  # stable: files stay together
+
+
 def pytest_configure() -> None:
     """Before torch, ray and wandb are imported: one thread each, nothing sent anywhere, nothing asked."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -15,7 +15,7 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 
 ALLOWED: dict[str, tuple[str, ...]] = {
-    "ray": ("*/actors.py", "rl/cluster/protocol.py"),
+    "ray": ("*/actors.py", "rl/cluster/*.py"),
     "wandb": ("rl/monitor/wandb_sink.py",),
     "trackio": ("rl/monitor/trackio_writer.py",),
     "vllm": ("policy/vllm/*.py",),
@@ -26,7 +26,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 """Module -> files that may import it at all."""
 LAZY = ("wandb", "trackio", "vllm")
 """Never imported while a module is being imported."""
-MAX_FILE_LINES = 600
+MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 60
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from envs.base import AgentEnv, Observation, Oracle, call, say
-from envs.library.api_desk_server import ACTIONS, Office, OfficeServer
+from envs.library.parts.api_desk_server import ACTIONS, Office, OfficeServer
 from envs.library.shop_db import CONSONANTS, draw_name
 from envs.message import Message
 from envs.task import Problem

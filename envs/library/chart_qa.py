@@ -11,7 +11,7 @@ import random
 from typing import ClassVar
 
 from envs.base import AgentEnv, Oracle, call, say
-from envs.library.picture import CHAR_HEIGHT, CHAR_WIDTH, GREY, PALE, Colour, Picture
+from envs.library.parts.picture import CHAR_HEIGHT, CHAR_WIDTH, GREY, PALE, Colour, Picture
 from envs.library.shop_db import draw_name
 from envs.message import ImagePart
 from envs.task import Problem

@@ -9,7 +9,7 @@ import random
 from typing import ClassVar
 
 from envs.base import AgentEnv, Oracle, call, say
-from envs.library.form import (
+from envs.library.parts.form import (
     BUTTON_AREAS,
     LINE_HEIGHT,
     LINES_SHOWN,
@@ -22,7 +22,7 @@ from envs.library.form import (
     inside,
     middle,
 )
-from envs.library.picture import Box
+from envs.library.parts.picture import Box
 from envs.library.shop_db import draw_name
 from envs.message import ImagePart
 from envs.task import Problem

@@ -14,7 +14,7 @@ import sqlite3
 from typing import Any, ClassVar
 
 from envs.base import AgentEnv, Oracle, call, say
-from envs.library.read_only_sql import ReadOnlySql
+from envs.library.parts.read_only_sql import ReadOnlySql
 from envs.library.shop_db import draw_name
 from envs.sandbox.sandbox import Limits, open_sandbox
 from envs.task import Problem

@@ -18,7 +18,7 @@ from posixpath import dirname, join
 from typing import ClassVar
 
 from envs.base import AgentEnv, Oracle, call, say
-from envs.library.file_tree import Tree
+from envs.library.parts.file_tree import Tree
 from envs.library.shop_db import draw_name
 from envs.message import Message
 from envs.task import Problem

@@ -9,7 +9,7 @@ import random
 from typing import ClassVar
 
 from envs.base import AgentEnv, Oracle, call, say
-from envs.library.read_only_sql import ReadOnlySql, small_database
+from envs.library.parts.read_only_sql import ReadOnlySql, small_database
 from envs.task import Problem
 from envs.tool import tool
 

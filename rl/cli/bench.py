@@ -7,7 +7,7 @@ from conf.checks import nearest
 from rl.cli.child_process import run_python
 from rl.runs.usage import UsageError
 
-SHARED = ("machine",)
+SHARED = ("machine", "stored_result")
 """Modules in the same folder that are no benchmark."""
 
 

@@ -17,6 +17,7 @@ from rl.cli.dash_command import DASH
 from rl.cli.environments.env_commands import ENV_COMMANDS
 from rl.cli.reader_commands import READER_COMMANDS
 from rl.cli.serve_command import SERVE
+from rl.cli.shell_completion import SCRIPTS
 from rl.runs.usage import UsageError
 
 INTRODUCTION = """\
@@ -123,11 +124,11 @@ def _eval_arguments(parser: ArgumentParser) -> None:
 
 
 def _eval(args: Namespace) -> int:
-    from rl.cli.readers.show import resolve_run
-    from rl.loop.evaluate import main as evaluate
+    from rl.cli.eval_command import evaluate_run
+    from rl.runs.usage import resolve_run
 
     folder = resolve_run(args.root, args.run)
-    return evaluate(str(folder.path.absolute()), overrides=args.overrides, root=args.root, as_json=args.json)
+    return evaluate_run(str(folder.path.absolute()), overrides=args.overrides, root=args.root, as_json=args.json)
 
 
 def _resume_arguments(parser: ArgumentParser) -> None:
@@ -137,7 +138,7 @@ def _resume_arguments(parser: ArgumentParser) -> None:
 
 
 def _resume(args: Namespace) -> int:
-    from rl.cli.readers.show import resolve_run
+    from rl.runs.usage import resolve_run
 
     folder = resolve_run(args.root, args.run)
     from rl.train import resume
@@ -179,6 +180,23 @@ def _bench(args: Namespace) -> int:
     from rl.cli.bench import run_benchmark
 
     return run_benchmark(args.name, args.rest)
+
+
+def _completion_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("shell", choices=[*SCRIPTS, "words"], help="print its script; `words` is what scripts call")
+    parser.add_argument("line", nargs="?", help="with `words`: the command line so far")
+
+
+def _completion(args: Namespace) -> int:
+    if args.shell != "words":
+        print(SCRIPTS[args.shell], end="")
+        return 0
+    if args.line is None:
+        raise UsageError("shoal completion words needs the command line so far, as one argument")
+    from rl.cli.shell_completion import candidates
+
+    print("\n".join(candidates(args.line, SHOAL)))
+    return 0
 
 
 COMMANDS: dict[str, Command | CommandTable] = {
@@ -225,6 +243,15 @@ COMMANDS: dict[str, Command | CommandTable] = {
         run=_show,
     ),
     **READER_COMMANDS,
+    "completion": Command(
+        summary="a script that completes shoal's words in bash, zsh or fish",
+        examples="  source <(shoal completion bash)               for this shell\n"
+        "  shoal completion bash > ~/.local/share/bash-completion/completions/shoal\n"
+        "  shoal completion zsh > ~/.zfunc/_shoal        a folder of $fpath\n"
+        "  shoal completion fish > ~/.config/fish/completions/shoal.fish",
+        arguments=_completion_arguments,
+        run=_completion,
+    ),
     "dash": DASH,
     "serve": SERVE,
     "env": ENV_COMMANDS,

@@ -4,9 +4,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from rl.cli.readers.show import resolve_run
 from rl.monitor.progress import visible
 from rl.runs.notes import Notes, read_notes, write_notes
+from rl.runs.usage import resolve_run
 
 
 def annotate(

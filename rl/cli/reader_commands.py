@@ -4,7 +4,6 @@ import sys
 from argparse import ArgumentParser, Namespace
 
 from rl.cli.command import RUN_HELP, Command, reader_arguments, run_arguments
-from rl.cli.shell_completion import SCRIPTS
 from rl.runs.usage import UsageError
 
 
@@ -128,24 +127,6 @@ def _doctor(args: Namespace) -> int:
     return doctor(args.root, smoke=not args.no_smoke, as_json=args.json)
 
 
-def _completion_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("shell", choices=[*SCRIPTS, "words"], help="print its script; `words` is what scripts call")
-    parser.add_argument("line", nargs="?", help="with `words`: the command line so far")
-
-
-def _completion(args: Namespace) -> int:
-    if args.shell != "words":
-        print(SCRIPTS[args.shell], end="")
-        return 0
-    if args.line is None:
-        raise UsageError("shoal completion words needs the command line so far, as one argument")
-    from rl.cli.main import SHOAL
-    from rl.cli.shell_completion import candidates
-
-    print("\n".join(candidates(args.line, SHOAL)))
-    return 0
-
-
 READER_COMMANDS: dict[str, Command] = {
     "top": Command(
         summary="watch a run in the terminal, also over ssh",
@@ -202,14 +183,5 @@ READER_COMMANDS: dict[str, Command] = {
         "  shoal doctor --engine vllm env=shop_db        how far its logprobs are from the learner's",
         arguments=_doctor_arguments,
         run=_doctor,
-    ),
-    "completion": Command(
-        summary="a script that completes shoal's words in bash, zsh or fish",
-        examples="  source <(shoal completion bash)               for this shell\n"
-        "  shoal completion bash > ~/.local/share/bash-completion/completions/shoal\n"
-        "  shoal completion zsh > ~/.zfunc/_shoal        a folder of $fpath\n"
-        "  shoal completion fish > ~/.config/fish/completions/shoal.fish",
-        arguments=_completion_arguments,
-        run=_completion,
     ),
 }

@@ -28,8 +28,8 @@ def _arguments(parser: ArgumentParser) -> None:
 
 def _serve(args: Namespace) -> int:
     from conf.loading import read_config, resolved_yaml
-    from rl.cli.readers.show import resolve_run
     from rl.runs.run_folder import RunFolder
+    from rl.runs.usage import resolve_run
 
     if not 0 <= args.port <= 65535:
         raise UsageError(f"--port is 0 to 65535; got {args.port}")

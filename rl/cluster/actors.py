@@ -19,7 +19,7 @@ class LearnerActor:
     """A `LearnerService` in a process of its own. Made by `rl.cluster.protocol`."""
 
     def __init__(self, config: TrainConfig, log_folder: str) -> None:
-        from rl.algorithm.learner_service import LearnerService
+        from rl.cluster.learner_service import LearnerService
 
         log_to_file(log_folder, "learner")
         self._service = LearnerService(config)

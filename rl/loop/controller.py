@@ -31,9 +31,11 @@ from policy.sync.snapshot import WeightSyncError
 from rl.algorithm.advantage import ToolPrice, has_signal
 from rl.algorithm.step_report import LearnerReport, RowReport
 from rl.cluster.protocol import Cluster
-from rl.loop.evaluate import Evaluation, evaluate
+from rl.loop.evaluate import evaluate
+from rl.loop.selection_bias import SelectionBias
 from rl.loop.step_detail import step_detail
 from rl.loop.step_time import StepTime, busy_since
+from rl.monitor.evaluation import Evaluation
 from rl.monitor.monitor import Monitor
 from rl.runs.run_folder import RunFolder
 from rollout.record.ledger import Ledger
@@ -122,7 +124,7 @@ class Controller:
         self._sync_s = 0.0
         self._statuses: list[WorkerStatus | None] = [None] * len(self.fleet.members)
         self._quiet_steps = 0
-        self._trained = {"n": 0.0, "length": 0.0, "reward": 0.0, "seconds": 0.0}
+        self._selection_bias = SelectionBias()
         self.transcripts: list[Trajectory] = []
         """First held-out episode of the evaluation before and after training."""
 
@@ -330,6 +332,7 @@ class Controller:
         trajectories = [t for group in groups for t in group.trajectories if t.is_trainable]
         tokens = sum(t.num_sampled_tokens for t in trajectories)
         busy_s = self._new_busy_s()
+        self._selection_bias.add(trajectories)
         metrics = {
             **report.metrics,
             **times,
@@ -349,7 +352,7 @@ class Controller:
             "curriculum/gated_groups": counters.gated,
             "time/rollout_idle_ratio": None if busy_s is None else max(1.0 - busy_s / max(step_s, 1e-9), 0.0),
             **self._source.curriculum.metrics(),
-            **self._selection_bias(trajectories),
+            **self._selection_bias.metrics(counters),
         }
         step, version = self.progress.step, self.progress.policy_version
         self._monitor.step(step, version, metrics)
@@ -377,27 +380,6 @@ class Controller:
         """As `busy_since`, since the last report."""
         before, self._statuses = self._statuses, [member.status for member in self.fleet.members]
         return busy_since(before, self._statuses)
-
-    def _selection_bias(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-        """Mean over all trained / mean over all dispatched: 1 unless what is trained on is a biased choice."""
-        counters, trained = self.scheduler.counters, self._trained
-        for t in trajectories:
-            trained["n"] += 1
-            trained["length"] += t.num_sampled_tokens
-            trained["reward"] += t.reward or 0.0
-            trained["seconds"] += t.seconds
-        if not counters.dispatched or not trained["n"]:
-            return {}
-        dispatched = {
-            "length": counters.dispatched_length,
-            "reward": counters.dispatched_reward,
-            "seconds": counters.dispatched_seconds,
-        }
-        return {
-            f"selection_bias/{name}": (trained[name] / trained["n"]) / (total / counters.dispatched)
-            for name, total in dispatched.items()
-            if total
-        }
 
 
 def _slot_gate(config: TrainConfig, *, version: int) -> SlotGate:

@@ -1,0 +1,4 @@
+"""What a run says while it goes on: metrics, events, alerts, verdicts, trackers.
+
+Read first: monitor.py.
+"""

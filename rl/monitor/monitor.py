@@ -20,7 +20,7 @@ from rl.monitor.sinks import MetricSink, ThreadedSink
 from rl.monitor.verdict import WINDOW_STEPS, Verdict, judge
 
 if TYPE_CHECKING:
-    from rl.loop.evaluate import Evaluation
+    from rl.monitor.evaluation import Evaluation
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"

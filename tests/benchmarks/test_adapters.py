@@ -7,7 +7,7 @@ import gymnasium
 import pytest
 
 from benchmarks.adapters import listed, measure
-from rl.cli.bench import run_benchmark
+from rl.cli.bench import SHARED, run_benchmark
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +36,7 @@ def test_nearly_all_that_a_package_lists_is_driven(source: str, module: str, cou
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem != "machine"))
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem not in SHARED))
 def test_every_benchmark_starts_from_the_checkout_and_explains_itself(
     name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.learning import judge, result_of
 from rl.cli.bench import run_benchmark
-from rl.loop.evaluate import wilson
+from rl.monitor.evaluation import wilson
 from tests.rl.training import SMALL
 
 

@@ -12,7 +12,7 @@ DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?<=\n\n)(?: {4}.*\n(?:\n(?= {4}))*)+")
-TAG = re.compile(r"\*\(not run here: ([^()]+(?:\([^()]*\)[^()]*)*)\)\*\s*\Z")
+TAG = re.compile(r"<!-- not run here: ((?:(?!-->).)+) -->\s*\Z", re.DOTALL)
 SHELL = re.compile(r"(\$ |\w+=\S+ |)(shoal|make|pip|python|ssh|source|export|curl|ray|wandb|mkdocs)\b")
 MASKS = (
     (re.compile(r"\d{8}-\d{6}-[a-z-]+-[0-9a-f]{4}(-\d+)?|\d{8}-\d{6}-[0-9a-f]{4}"), "RUN"),
@@ -34,7 +34,7 @@ class Block:
     """`python`, `yaml`, `toml`, `json`, `console`, `shell`; or `text`: a picture or an output, not code."""
     text: str
     why_not: str
-    """What its "*(not run here: ...)*" says; empty where it has none."""
+    """What its `<!-- not run here: ... -->` says; empty where it has none."""
 
     @property
     def where(self) -> str:

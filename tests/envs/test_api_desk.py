@@ -8,7 +8,7 @@ import pytest
 from envs.base import AgentEnv, call, say
 from envs.check.demonstration import demonstrate
 from envs.library.api_desk import ApiDesk
-from envs.library.api_desk_server import OfficeServer
+from envs.library.parts.api_desk_server import OfficeServer
 from envs.message import Message, ToolCall
 from envs.registry import make_env
 

@@ -9,7 +9,7 @@ import pytest
 from envs.base import call, say
 from envs.check.demonstration import demonstrate
 from envs.library.click_ui import ClickUI
-from envs.library.form import HEIGHT, WIDTH, middle
+from envs.library.parts.form import HEIGHT, WIDTH, middle
 from envs.message import ImagePart, Message
 from envs.registry import make_env
 

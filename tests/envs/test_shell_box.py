@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from envs.base import call, say
 from envs.check.demonstration import demonstrate
-from envs.library.file_tree import Tree
+from envs.library.parts.file_tree import Tree
 from envs.library.shell_box import PARAMETERS, Job, ShellBox
 from envs.message import Message, ToolCall
 

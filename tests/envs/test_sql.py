@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from envs.library.read_only_sql import ReadOnlySql
+from envs.library.parts.read_only_sql import ReadOnlySql
 
 
 @pytest.fixture

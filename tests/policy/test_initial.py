@@ -8,7 +8,7 @@ from conf.loading import load_config
 from conf.schema import PolicyConfig
 from policy.model.initial import SHIPPED, initial_weights_file
 from rl.cli.main import main
-from rl.cluster.protocol import with_absolute_paths
+from rl.cluster.ray import with_absolute_paths
 
 
 def test_the_name_of_another_environment_stands_for_its_shipped_warm_start() -> None:

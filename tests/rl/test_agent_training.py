@@ -25,7 +25,7 @@ from rollout.worker import RolloutWorker
 from tests.rl.training import SMALL, small_config, train_in_process
 
 ROOT = Path(__file__).resolve().parents[2]
-AGENT = f"{sys.executable} {ROOT / 'tests' / 'calculator_agent.py'}"
+AGENT = f"{sys.executable} {ROOT / 'tests' / 'rl' / 'calculator_agent.py'}"
 DIES_ONCE = """
 import os, pathlib, sys, httpx
 mark = pathlib.Path(sys.argv[1])
@@ -125,7 +125,7 @@ def test_every_token_that_an_agents_run_trains_on_is_one_that_the_engine_sampled
 def test_an_agent_program_that_died_is_started_again_and_its_session_is_played_again(tmp_path: Path) -> None:
     program, mark = tmp_path / "dies_once.py", tmp_path / "mark"
     program.write_text(DIES_ONCE)
-    command = f"{sys.executable} {program} {mark} {ROOT / 'tests' / 'calculator_agent.py'}"
+    command = f"{sys.executable} {program} {mark} {ROOT / 'tests' / 'rl' / 'calculator_agent.py'}"
     trajectories, _ = train_with(calculator(tmp_path, command, "steps=1"))
     assert mark.exists()
     assert len(trajectories) == 8 and not any(trajectory.stop_reason.is_error for trajectory in trajectories)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rl.loop.checkpoint import (
+from rl.runs.checkpoint import (
     CheckpointError,
     FileSystem,
     list_checkpoints,
@@ -163,7 +163,7 @@ import sys
 sys.path[:0] = sys.argv[2:]
 from pathlib import Path
 import numpy as np
-from rl.loop.checkpoint import save_checkpoint
+from rl.runs.checkpoint import save_checkpoint
 for step in range(1, 10**6):
     array = np.full(200_000, step, np.float32)
     save_checkpoint(Path(sys.argv[1]), step, tensors={"model": {"w": array}}, state={"step": step}, keep=2)

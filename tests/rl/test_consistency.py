@@ -9,9 +9,9 @@ import torch
 
 from conf.loading import load_config
 from policy.vllm.packages import vllm_build
-from rl.algorithm.learner_service import build_learner
 from rl.cli.doctor.consistency import Gap, Report, compare, measure, report_text, sample, updated
 from rl.cli.main import main
+from rl.cluster.learner_service import build_learner
 
 JUDGED = ["first weights", "first weights, prefix cache", "after an update"]
 LOCAL = ("cluster=inprocess", "policy=tiny_hybrid")

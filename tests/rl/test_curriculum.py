@@ -21,8 +21,9 @@ from envs.tasks.curriculum import Curriculum, Outcome
 from envs.tasks.task_source import TaskSource, counter_of, make_task
 from policy.model.tokenizer import ByteTokenizer
 from rl.cli.main import main
-from rl.loop.checkpoint import load_latest
-from rl.train import catch_up, evaluation_levels, task_entries
+from rl.loop.tasks import evaluation_levels, task_entries
+from rl.runs.checkpoint import load_latest
+from rl.train import catch_up
 from rollout.dialects.dialect import make_renderer
 from rollout.record.ledger import Ledger, read_audit
 from rollout.record.trajectory import StopReason

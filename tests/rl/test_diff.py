@@ -8,7 +8,7 @@ import yaml
 
 from rl.cli.main import main
 from rl.cli.readers.diff import differences, success_difference
-from rl.loop.evaluate import wilson
+from rl.monitor.evaluation import wilson
 
 
 def found(capsys) -> dict:

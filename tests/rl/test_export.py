@@ -15,7 +15,7 @@ from conf.loading import load_config, resolved_yaml
 from policy.model.checkpoint_io import to_numpy_tensors
 from policy.model.hf_model import HfModel, load_policy_model
 from rl.cli.main import main
-from rl.loop.checkpoint import save_checkpoint
+from rl.runs.checkpoint import save_checkpoint
 from rl.runs.run_folder import RunFolder
 from tests.policy.tiny_models import random_tokens, starts_of
 from tests.rl.dashboard_runs import RUN, XSS, make_run, metric_rows

@@ -11,7 +11,7 @@ from transformers.models.qwen3_5 import Qwen3_5TextConfig
 from policy.model.checkpoint_io import to_numpy_tensors
 from policy.model.hf_model import HfModel
 from rl.cli.main import main
-from rl.loop.checkpoint import load_latest
+from rl.runs.checkpoint import load_latest
 from rl.runs.run_folder import RunFolder
 from rollout.record.ledger import read_audit
 from rollout.record.recorder import TrajectoryReader

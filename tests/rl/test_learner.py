@@ -1,7 +1,6 @@
 """The learner step: what it changes, what it refuses, what it reports, and that it can be stopped and continued."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,64 +10,17 @@ import torch
 
 from conf.schema import LearnerConfig, LossConfig, OptimizerConfig
 from policy.model.checkpoint_io import expected_tensors
-from policy.model.hybrid import HybridModel
-from rl.algorithm.advantage import ToolPrice
-from rl.algorithm.learner import Learner, LearnerError, SelfCheckError
-from rl.algorithm.loss import LossInputs
-from rl.algorithm.optimizer import build_optimizer, learning_rate, parameter_groups
-from rollout.record.trajectory import StopReason, Trajectory, TrajectoryGroup
+from rl.algorithm.learner import SelfCheckError
 from rollout.schedule.staleness import StalenessViolation
+from tests.rl.learners import FAST, MIXED, edited, flat, make_learner, with_logprob
 from tests.rollout.trajectories import (
     VOCAB,
     make_group,
-    make_trajectory,
     on_policy_groups,
     random_trajectory,
     tiny_model,
     with_logprobs_of,
 )
-
-FAST = OptimizerConfig(lr=1e-2, warmup_steps=0)
-MIXED = [[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]
-
-
-def make_learner(
-    model: HybridModel | None = None,
-    config: LearnerConfig | None = None,
-    *,
-    max_staleness: int = 100,
-    banned: Sequence[int] = (),
-    tool_cost: float = 0.0,
-) -> Learner:
-    return Learner(
-        model or tiny_model(),
-        config or LearnerConfig(optimizer=FAST),
-        total_steps=10,
-        max_staleness=max_staleness,
-        groups_per_step=2,
-        banned_token_ids=banned,
-        price=ToolPrice(cost=tool_cost),
-        engine_tolerance=1e-3,
-        horizon=64,
-    )
-
-
-def flat(model: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
-
-
-def edited(group: TrajectoryGroup, member: int, **changes: Any) -> TrajectoryGroup:
-    members = list(group.trajectories)
-    members[member] = replace(members[member], **changes)
-    return replace(group, trajectories=tuple(members))
-
-
-def with_logprob(trajectory: Trajectory, value: float) -> np.ndarray:
-    """Its rollout logprobs with the first sampled token's replaced."""
-    logprobs = trajectory.rollout_logprobs.copy()
-    logprobs[np.flatnonzero(trajectory.loss_mask)[0]] = value
-    return logprobs
-
 
 # --- learning
 
@@ -158,15 +110,10 @@ def test_one_update_a_step_has_no_kl_and_clips_nothing() -> None:
 
 
 def test_an_own_loss_is_found_by_its_import_path_and_its_metrics_are_logged() -> None:
-    config = LearnerConfig(optimizer=FAST, loss=LossConfig(name="tests.rl.test_learner:own_loss"))
+    config = LearnerConfig(optimizer=FAST, loss=LossConfig(name="tests.rl.learners:own_loss"))
     model = tiny_model()
     metrics = make_learner(model, config).step(on_policy_groups(model, MIXED)).metrics
     assert metrics["policy/ones"] == 1.0
-
-
-def own_loss(inputs: LossInputs, config: LossConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    loss = -(inputs.weights * inputs.advantages * inputs.logprobs).sum()
-    return loss, {"ones": torch.ones_like(inputs.logprobs).sum()}
 
 
 def test_tool_costs_teach_from_a_group_whose_rewards_are_equal() -> None:
@@ -280,94 +227,6 @@ def test_banned_tokens_are_left_out_of_the_softmax_and_refused_as_samples() -> N
         make_learner(tiny_model()).step([make_group(sampled[:2])])
 
 
-# --- values that are not finite (pitfalls A11)
-
-
-def test_a_nan_logprob_quarantines_its_row_and_the_rest_is_trained() -> None:
-    model = tiny_model()
-    groups = on_policy_groups(model, MIXED)
-    bad = edited(groups[0], 1, rollout_logprobs=with_logprob(groups[0].trajectories[1], float("nan")))
-    report = make_learner(model).step([bad, groups[1]])
-    assert report.metrics["rows/quarantined"] == 1 and report.metrics["rows/trained"] == 5
-    assert (report.rows[1].status, report.rows[1].advantage) == ("quarantined", None)
-    assert bool(torch.isfinite(flat(model)).all())
-
-
-def test_a_nan_reward_quarantines_its_row() -> None:
-    model = tiny_model()
-    report = make_learner(model).step([edited(on_policy_groups(model, [[1.0, 0.0, 0.0]])[0], 0, reward=math.nan)])
-    assert [row.status for row in report.rows] == ["quarantined", "zero_advantage", "zero_advantage"]
-    assert report.metrics["reward/mean"] == 0.0
-
-
-def nan_gradient(inputs: LossInputs, config: LossConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Finite, but its gradient is not: d sqrt(x) / dx at 0."""
-    zero = (inputs.logprobs - inputs.logprobs.detach()).sum()
-    return zero.abs().sqrt(), {}
-
-
-def nan_loss(inputs: LossInputs, config: LossConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    return inputs.logprobs.sum() * math.nan, {}
-
-
-@pytest.mark.parametrize("name", ["nan_gradient", "nan_loss"])
-def test_an_update_that_is_not_finite_is_skipped_counted_and_reported(name: str) -> None:
-    model = tiny_model()
-    learner = make_learner(model)
-    learner.step(on_policy_groups(model, MIXED))
-    weights, (before, _) = flat(model), learner.state()
-    bad = make_learner(model, LearnerConfig(optimizer=FAST, loss=LossConfig(name=f"tests.rl.test_learner:{name}")))
-    bad.load_state(*learner.state())
-    report = bad.step(on_policy_groups(model, MIXED, version=1))
-    after, counters = bad.state()
-    assert torch.equal(flat(model), weights)
-    assert all(np.array_equal(before["optimizer"][k], after["optimizer"][k]) for k in before["optimizer"])
-    assert report.metrics["loss/nan_count"] == 1 and counters["skipped_updates"] == 1
-    assert report.policy_version == 2  # of equal weights: slots and staleness go on
-    assert {row.status for row in report.rows} == {"excluded"} and "update skipped" in report.rows[0].cause
-    assert report.metrics["reward/mean"] == 0.5
-    assert all(p.grad is None for p in model.parameters())
-
-
-def test_too_many_skipped_updates_in_a_row_stop_the_run() -> None:
-    config = LearnerConfig(
-        optimizer=replace(FAST, max_skipped_steps=2), loss=LossConfig(name="tests.rl.test_learner:nan_loss")
-    )
-    model = tiny_model()
-    learner = make_learner(model, config)
-    for version in range(2):
-        learner.step(on_policy_groups(model, MIXED, version=version))
-    with pytest.raises(LearnerError, match="3 updates in a row"):
-        learner.step(on_policy_groups(model, MIXED, version=2))
-
-
-def test_a_good_update_between_skipped_ones_starts_the_count_again() -> None:
-    config = LearnerConfig(
-        optimizer=replace(FAST, max_skipped_steps=1),
-        loss=LossConfig(advantage="dr_grpo", name="tests.rl.test_learner:nan_if_told"),
-    )
-    model = tiny_model()
-    learner = make_learner(model, config)
-    for version, reward in enumerate([9.0, 1.0, 9.0, 1.0, 9.0]):
-        report = learner.step(on_policy_groups(model, [[reward, 0.0]], version=version))
-    assert report.metrics["loss/nan_count"] == 3 and learner.policy_version == 5
-
-
-def nan_if_told(inputs: LossInputs, config: LossConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    loss, metrics = own_loss(inputs, config)
-    return (loss * math.nan if float(inputs.advantages.max()) > 2 else loss), metrics
-
-
-def test_failed_trajectories_are_never_trained_and_are_counted() -> None:
-    model = tiny_model()
-    [group] = on_policy_groups(model, [[1.0, 0.0, None]])
-    group = edited(group, 2, stop_reason=StopReason.ENV_ERROR)
-    report = make_learner(model).step([group])
-    assert [row.status for row in report.rows] == ["trained", "trained", "excluded"]
-    assert report.metrics["env/error_ratio"] == pytest.approx(1 / 3)
-    assert report.metrics["stop/env_error"] == pytest.approx(1 / 3)
-
-
 # --- state
 
 
@@ -450,41 +309,3 @@ def test_rewards_are_reported_by_environment_part_and_group() -> None:
     assert metrics["rows/trained"] == 2 and metrics["rows/zero_advantage"] == 4
     assert metrics["trainer/tokens"] == sum(t.num_sampled_tokens for t in groups[0].trajectories)
     assert 0 < metrics["policy/entropy"] <= math.log(VOCAB)
-
-
-# --- optimizer
-
-
-def test_memory_span_convolution_norms_and_biases_are_never_decayed() -> None:
-    model = tiny_model()
-    decayed, spared = parameter_groups(model.named_parameters(), 0.1)
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
-    name_of = {parameter: name for name, parameter in model.named_parameters()}
-    spared_names = {name_of[p] for p in spared["params"]}
-    assert len(decayed["params"]) + len(spared["params"]) == len(name_of)
-    for part in ("A_log", "dt_bias", "conv1d.weight", "layernorm.weight", "q_norm.weight", "linear_attn.norm.weight"):
-        assert any(part in name for name in spared_names), part
-    for name in name_of.values():
-        sparing = any(part in name for part in ("A_log", "dt_bias", "conv1d", "norm", "bias"))
-        assert (name in spared_names) == sparing, name
-
-
-def test_adamw_takes_the_two_groups() -> None:
-    optimizer = build_optimizer(tiny_model(), OptimizerConfig(weight_decay=0.1))
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
-
-
-def test_learning_rates_by_hand() -> None:
-    config = OptimizerConfig(lr=1.0, warmup_steps=2, schedule="cosine")
-    assert [learning_rate(i, 5, config) for i in range(5)] == pytest.approx([0.5, 1.0, 1.0, 0.55, 0.1])
-    assert learning_rate(9, 5, config) == pytest.approx(0.1)  # a run resumed with fewer steps
-    constant = replace(config, schedule="constant")
-    assert [learning_rate(i, 5, constant) for i in range(5)] == [0.5, 1, 1, 1, 1]
-    assert learning_rate(0, 5, replace(constant, warmup_steps=0)) == 1
-
-
-def test_the_rate_follows_the_version_also_through_steps_without_signal() -> None:
-    learner = make_learner(config=LearnerConfig(optimizer=OptimizerConfig(lr=1.0, warmup_steps=4, max_skipped_steps=9)))
-    silent = make_group([make_trajectory(1.0), make_trajectory(1.0)])
-    learner.policy_version = 1
-    assert [learner.step([silent]).metrics["optim/lr"] for _ in range(4)] == [0.5, 0.75, 1.0, 1.0]

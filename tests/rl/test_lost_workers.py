@@ -17,7 +17,7 @@ from envs.outcome import EnvHost
 from envs.task import Task
 from policy.engine.protocol import Completion, EngineClosed, EngineStats, GenerationRequest
 from policy.sync.snapshot import PolicySnapshot, WeightSyncError
-from rl.cluster.protocol import build_pool
+from rl.cluster.inprocess import build_pool
 from rl.loop.evaluate import evaluate
 from rollout.dialects.dialect import make_renderer
 from rollout.record.trajectory import Trajectory, TrajectoryGroup

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from conf.loading import load_config
-from rl.loop.evaluate import Evaluation
+from rl.monitor.evaluation import Evaluation
 from rl.monitor.json_lines import JsonLines, keep_json_lines, read_json_lines
 from rl.monitor.monitor import Monitor
 from rl.monitor.progress import ProgressLine, duration, sparkline

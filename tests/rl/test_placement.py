@@ -26,7 +26,10 @@ from policy.model.hybrid_config import PRESETS
 from policy.vllm.core import VllmCore
 from policy.vllm.packages import vllm_build
 from rl.cluster.placement import Bundle, NodeCapacity, PlacementError, Plan, check_fits, plan
-from rl.cluster.protocol import ClusterError, node_problem, reserve, start_ray, with_absolute_paths
+from rl.cluster.protocol import ClusterError
+from rl.cluster.ray import with_absolute_paths
+from rl.cluster.ray_start import start_ray
+from rl.cluster.reservation import node_problem, reserve
 from rl.runs.run_folder import RunFolder
 from rollout.record.ledger import read_audit
 from rollout.worker import vllm_settings

@@ -15,8 +15,8 @@ import pytest
 
 from conf.loading import load_config
 from conf.schema import VllmConfig
-from rl.cluster.protocol import RayCluster
-from rl.loop.checkpoint import load_latest
+from rl.cluster.ray import RayCluster
+from rl.runs.checkpoint import load_latest
 from rl.runs.run_folder import RunFolder
 from rollout.record.ledger import read_audit
 from rollout.record.recorder import TrajectoryReader

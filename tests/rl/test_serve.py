@@ -12,8 +12,8 @@ import pytest
 from conf.loading import load_config
 from envs.task import Task
 from policy.engine.protocol import Completion, GenerationRequest
-from rl.algorithm.learner_service import InProcessLearner
-from rl.cluster.protocol import build_pool
+from rl.cluster.inprocess import build_pool
+from rl.cluster.learner_service import InProcessLearner
 from rl.serving import Counter
 from rollout.dialects.dialect import make_renderer
 from rollout.play.episode import EpisodeSettings

@@ -20,8 +20,8 @@ from envs.task import Task
 from envs.tasks.task_source import held_out_tasks
 from policy.model.checkpoint_io import load_numpy_tensors, to_numpy_tensors
 from policy.model.hf_model import load_policy_model
+from rl.loop.tasks import task_entries
 from rl.sft import demonstrate_tasks, demonstration_row, main, save_warm_start, supervised_fine_tune, training_tasks
-from rl.train import task_entries
 from rollout.dialects.tiny_dialect import TinyRenderer
 from tests.rollout.trajectories import tiny_model
 

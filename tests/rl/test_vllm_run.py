@@ -16,7 +16,7 @@ from conf.loading import load_config
 from policy.vllm.packages import vllm_build
 from rl.cli.doctor.consistency import measure
 from rl.cli.main import main
-from rl.loop.checkpoint import load_latest
+from rl.runs.checkpoint import load_latest
 from rl.runs.run_folder import RunFolder
 from rollout.record.recorder import TrajectoryReader
 

@@ -16,12 +16,13 @@ from envs.tasks.curriculum import Curriculum
 from envs.tasks.task_source import TaskSource, held_out_tasks
 from policy.engine.protocol import Engine
 from policy.model.tokenizer import ByteTokenizer
-from rl.algorithm.learner_service import build_learner
-from rl.cluster.protocol import InProcessCluster, LearnerClient, build_pool
+from rl.cluster.inprocess import InProcessCluster, build_pool
+from rl.cluster.learner_service import build_learner
+from rl.cluster.protocol import LearnerClient
 from rl.loop.controller import Controller, Progress
+from rl.loop.tasks import task_entries
 from rl.monitor.monitor import Monitor
 from rl.runs.run_folder import RunFolder
-from rl.train import task_entries
 from rollout.dialects.dialect import make_renderer
 from rollout.play.episode import EpisodeSettings
 from rollout.play.group import run_group

@@ -21,7 +21,7 @@ def _load(spec: ModuleSpec) -> ModuleType:
 
 def _guard() -> None:
     # by its path: this process may not have our packages on its own
-    spec = spec_from_file_location("_shoal_vllm_packages", _HERE.parent / "vllm_packages.py")
+    spec = spec_from_file_location("_shoal_vllm_packages", _HERE.parent / "packages.py")
     assert spec is not None
     packages = _load(spec)
     packages.guard(packages.unloadable())

@@ -1,0 +1,1 @@
+"""`shoal doctor`: is this machine ready, and do engine and learner agree? Read first: doctor.py."""

@@ -24,12 +24,12 @@ from policy.vllm.packages import vllm_build
 from rl.algorithm.batch import pack
 from rl.algorithm.gradient import score_rows
 from rl.algorithm.learner import Learner
-from rl.algorithm.learner_service import build_learner
 from rl.cli.doctor.doctor import FAILED
-from rl.cluster.protocol import build_pool
+from rl.cluster.inprocess import build_pool
+from rl.cluster.learner_service import build_learner
 from rl.loop.preflight import check_parts
+from rl.loop.tasks import task_entries
 from rl.monitor.progress import plain_console
-from rl.train import task_entries
 from rollout.dialects.dialect import make_renderer
 from rollout.record.token_record import TokenRecord
 from rollout.record.trajectory import Trajectory

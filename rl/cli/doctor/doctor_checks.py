@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rl.cluster.protocol import OBJECT_STORE_BYTES
+from rl.cluster.ray_start import OBJECT_STORE_BYTES
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 GIB = 1 << 30

@@ -1,0 +1,1 @@
+"""Commands that read runs and change nothing in them. Read first: show.py."""

@@ -3,9 +3,8 @@
 import json
 from typing import Any
 
-from rl.cli.readers.show import resolve_run
 from rl.monitor.progress import plain_console
-from rl.runs.usage import UsageError
+from rl.runs.usage import UsageError, resolve_run
 from rollout.record.ledger import LedgerError, read_audit
 
 STATES = ("queued", "leased", "committed", "consumed")

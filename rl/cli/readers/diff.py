@@ -15,11 +15,11 @@ from rich.text import Text
 
 from conf.loading import resolved_yaml
 from conf.schema import TrainConfig
-from rl.cli.readers.show import LAST_METRICS, resolve_run
+from rl.cli.readers.show import LAST_METRICS
 from rl.monitor.json_lines import read_json_lines
 from rl.monitor.progress import plain_console, visible
 from rl.runs.run_folder import RunFolder
-from rl.runs.usage import UsageError
+from rl.runs.usage import UsageError, resolve_run
 
 ABSENT = "(absent)"
 RESULTS = ("steps", "success_before", "success_after", "n", "train_seconds", "restarts")

@@ -17,11 +17,10 @@ from typing import Any
 
 from conf.checks import nearest
 from envs.message import ContentPart, Message, TextPart
-from rl.cli.readers.show import resolve_run
 from rl.dashboard.metrics import MetricTable
-from rl.loop.checkpoint import Checkpoint, CheckpointError, list_checkpoints, load_latest, read_checkpoint
+from rl.runs.checkpoint import Checkpoint, CheckpointError, list_checkpoints, load_latest, read_checkpoint
 from rl.runs.run_folder import RunFolder
-from rl.runs.usage import UsageError
+from rl.runs.usage import UsageError, resolve_run
 from rollout.record.codec import plain
 from rollout.record.recorder import StoredTrajectory, TrajectoryReader
 

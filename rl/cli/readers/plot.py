@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf.checks import nearest
-from rl.cli.readers.show import resolve_run
 from rl.monitor.json_lines import read_json_lines
 from rl.runs.run_folder import RunFolder
-from rl.runs.usage import UsageError
+from rl.runs.usage import UsageError, resolve_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,12 +17,12 @@ from typing import Any
 
 from rl.cli.readers.diff import ABSENT, default_settings, differences, read_json, settings_of
 from rl.cli.readers.plot import draw, with_values
-from rl.cli.readers.show import LAST_METRICS, resolve_run
+from rl.cli.readers.show import LAST_METRICS
 from rl.monitor.json_lines import read_json_lines
 from rl.monitor.progress import duration, visible
 from rl.monitor.verdict import judge
 from rl.runs.run_folder import RunFolder, RunFolderError
-from rl.runs.usage import UsageError
+from rl.runs.usage import UsageError, resolve_run
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430 }

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rl.cli.readers.diff import settings_of
-from rl.cli.readers.show import resolve_run
 from rl.monitor.progress import BARS, duration, visible
 from rl.monitor.verdict import Verdict, judge
 from rl.runs.run_folder import RunFolder, RunFolderError, RunState
-from rl.runs.usage import UsageError
+from rl.runs.usage import UsageError, resolve_run
 
 WATCHED = (
     "reward/mean",

@@ -28,7 +28,7 @@ from rl.runs import run_folder
 from rl.runs.notes import Notes, read_notes
 from rl.runs.run_folder import RunFolder, RunFolderError, RunSummary
 from rl.runs.transcript import message_text
-from rl.runs.usage import UsageError
+from rl.runs.usage import UsageError, resolve_run
 from rollout.record.lineage import LineageEvent, read_lineage, story
 from rollout.record.recorder import StoredTrajectory, TrajectoryReader
 from rollout.record.trajectory import Trajectory
@@ -47,14 +47,6 @@ LAST_METRICS = (
     "faults/restarts",
 )
 """What `show` prints of the last step; `--json` gives all."""
-
-
-def resolve_run(root: str, run: str) -> RunFolder:
-    """Raises `UsageError` where RUN names no run."""
-    try:
-        return RunFolder.resolve(root, run)
-    except RunFolderError as error:
-        raise UsageError(str(error)) from None
 
 
 def list_runs(root: str, *, tags: Sequence[str] = (), text: str = "", as_json: bool = False) -> int:

@@ -17,7 +17,7 @@ from policy.vllm.engine import vllm_tolerance
 from rl.algorithm.advantage import ToolPrice
 from rl.algorithm.learner import Learner
 from rl.algorithm.step_report import LearnerReport
-from rl.loop.checkpoint import read_checkpoint, save_checkpoint
+from rl.runs.checkpoint import read_checkpoint, save_checkpoint
 from rollout.dialects.dialect import make_renderer
 from rollout.record.trajectory import TrajectoryGroup
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from envs.library.picture import CHAR_HEIGHT, CHAR_WIDTH, GREY, PALE, Box, Picture
+from envs.library.parts.picture import CHAR_HEIGHT, CHAR_WIDTH, GREY, PALE, Box, Picture
 from envs.message import ImagePart
 
 WIDTH, HEIGHT = 224, 160

@@ -1,0 +1,1 @@
+"""What the environments of the library are made of: files, forms, pictures, SQL that only reads, a server."""
