@@ -19,11 +19,10 @@ An author writes a problem, tools, a reward and an oracle; determinism, coercion
 An assistant message with tool calls is answered by one tool message per call, in call order. One without calls ends
 the episode with its text as the answer, unless `on_message` replies. What a policy does wrong is an observation; what
 an author does wrong raises, and the pool turns that into a recorded failure. InfraFault, raised anywhere, is the fault
-of neither.
+of neither. What an author raises that is no Exception (SystemExit, KeyboardInterrupt) comes out as AuthorExit.
 """
 
 import asyncio
-import contextlib
 import functools
 import hashlib
 import inspect
@@ -40,13 +39,22 @@ from typing import Any, ClassVar, cast
 
 import gymnasium
 
-from envs.errors import BadArguments, BadReward, InfraFault, MalformedEnvironment
+from envs.errors import (
+    AuthorExit,
+    BadArguments,
+    BadReward,
+    HungThread,
+    InfraFault,
+    MalformedEnvironment,
+    error_text,
+)
+from envs.forked_children import ForkedChildren
 from envs.message import ImagePart, Message, TextPart, ToolCall, ToolResult, ToolSpec
 from envs.redaction import redacted
 from envs.space import ActionSpace, ObservationSpace
 from envs.task import Problem
 from envs.tool import DEFAULT_COST, Tool, ToolOptions, as_content, bind_tools, cut_middle
-from envs.worker_thread import WorkerThread, boxed, run_sync
+from envs.worker_thread import WorkerThread, as_exception, boxed, run_sync, within
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +67,8 @@ MAX_CALLS = 16
 """Calls of one assistant message that are run where they may be parallel; the rest is refused."""
 _SHOWN_CHARS = 200
 _REWARD_SLACK = 1e-6  # sums of parts round
+_CLOSE_PATIENCE_S = 2.0
+"""How long close() waits for a thread that a late call still holds."""
 
 
 def call(name: str, /, **arguments: Any) -> Message:
@@ -113,6 +123,14 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
 
     _ended = True
     _thread: WorkerThread | None = None
+    _children: ForkedChildren | None = None
+    _tools: Mapping[str, Tool]
+    _thread_turn: asyncio.Lock
+    _calls: "Counter[str]"
+    _tool_cost: float
+    _num_tool_errors: int
+    _num_turns: int
+    _answer: str
 
     def __init__(
         self, *, max_turns: int | None = None, latency_median_s: float | None = None, latency_sigma: float | None = None
@@ -166,16 +184,27 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
         return run_sync(self.astep(action), self.step_timeout_s + self.reward_timeout_s)
 
     def close(self) -> None:
-        """Free what the environment holds. Idempotent; overriders call it last."""
+        """Free what the environment holds; processes that its code forked end here. Idempotent; overriders call it
+        last."""
         if self._thread is not None:
             self._thread.stop()
             self._thread = None
+        if self._children is not None:
+            self._children.end()
 
     # --- the core ---
 
     async def areset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
+        """Start an episode: make the problem of (seed, options["level"]), level 0 where none is given.
+
+        Returns the opening messages (a system text where there is one, then the prompt) and info: "tools" (ToolSpecs
+        in the order of `tools()`), "max_turns" (assistant messages until the episode is truncated), "problem_digest"
+        (sha256, 64 hex digits: equal for equal problems) and "meta" (see `meta`). Without a seed gymnasium's generator
+        draws one. Raises ValueError for a level that there is not, MalformedEnvironment where task() returns no
+        problem, and what the author's code raises.
+        """
         super().reset(seed=seed)
         self._ended = True  # until the new problem stands
         self.seed = int(self.np_random.integers(2**31)) if seed is None else int(seed)
@@ -203,7 +232,10 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
     async def astep(self, action: Message | str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Take an assistant message: (new messages, reward, terminated, truncated, info).
 
-        The reward is 0.0 until the episode ends; info then holds `reward_parts`. Raises what the author's code raises.
+        terminated: the policy gave its answer and `on_message` had no reply. truncated: `max_turns` messages were
+        used up without one; the episode is then scored with the answer "". The reward is 0.0 until one of them holds.
+        info: "reward_parts" ({} until then; their sum is the reward) and "meta" (see `meta`). Raises RuntimeError where
+        no episode runs, BadReward, HungThread, AuthorExit, and what else the author's code raises.
         """
         replies, terminated, truncated = await self.respond(say(action) if isinstance(action, str) else action)
         parts = await self.score() if terminated or truncated else {}
@@ -261,18 +293,55 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
         }
         return {**self.problem.meta, **counts}
 
+    async def aclose(self) -> None:
+        """close(), on the environment's own thread. Where a late call still holds that thread, on another one: most of
+        what an environment holds can be freed there, and nothing could be freed otherwise."""
+        thread = self._thread
+        if thread is not None and thread.late_call:
+            try:
+                async with asyncio.timeout(_CLOSE_PATIENCE_S):
+                    await thread.wait_until_free()
+            except TimeoutError:
+                logger.warning("%s: %s still runs, close() gets another thread", type(self).__name__, thread.late_call)
+                thread.stop()
+                self._thread = None
+        try:
+            await self.run_author(self.close)
+        finally:
+            AgentEnv.close(self)  # an overrider may have forgotten it
+
     async def run_author(self, function: Callable[..., Any], *args: Any, inline: bool = False) -> Any:
-        """Run an author's function: async ones here, synchronous ones on the environment's own thread or inline."""
-        if self._stays_here(function, inline):
-            result = function(*args)
-        else:
-            result = await self._own_thread().run(function, *args)
-        return await result if inspect.isawaitable(result) else result
+        """Run an author's function: async ones here, synchronous ones on the environment's own thread or inline.
+
+        Raises what it raises; AuthorExit for what is no Exception.
+        """
+        if self._children is None:
+            self.adopt_children(ForkedChildren())
+        assert self._children is not None
+        with self._children.watched():
+            try:
+                if self._stays_here(function, inline):
+                    result = function(*args)
+                else:
+                    result = await self._own_thread().run(function, *args)
+                return await result if inspect.isawaitable(result) else result
+            except BaseException as error:
+                raise as_exception(error)  # noqa: B904  # most often it is the same error
+
+    @property
+    def late_call(self) -> str:
+        """Name of the blocking call that outlived its deadline and still holds the environment's thread; "" = none."""
+        return self._thread.late_call if self._thread is not None else ""
 
     def adopt_thread(self, thread: WorkerThread) -> None:
         """Run blocking code on the thread that constructed this environment (sqlite insists on it)."""
         self._thread = thread
         weakref.finalize(self, thread.stop)
+
+    def adopt_children(self, children: ForkedChildren) -> None:
+        """End with this environment what its constructor forked, and what its code will."""
+        self._children = children
+        weakref.finalize(self, children.end)
 
     # --- parts ---
 
@@ -280,10 +349,24 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
         return self.inline or inline or inspect.iscoroutinefunction(function)
 
     def _own_thread(self) -> WorkerThread:
-        if self._thread is None or self._thread.abandoned:
+        if self._thread is None:
             self.adopt_thread(WorkerThread())
         assert self._thread is not None
         return self._thread
+
+    async def _wait_for_thread(self) -> None:
+        """Wait until the call before, which is late, has left the thread. Raises HungThread where it does not."""
+        thread = self._own_thread()
+        if not thread.late_call:
+            return
+        try:
+            async with asyncio.timeout(self.tool_timeout_s):
+                await thread.wait_until_free()
+        except TimeoutError:
+            raise HungThread(
+                f"{thread.late_call}() outlived its deadline and still runs {self.tool_timeout_s:g} s later: blocking "
+                "code must come back by itself (give its own calls a time-out), or be async"
+            ) from None
 
     async def _answer_calls(self, tool_calls: tuple[ToolCall, ...]) -> Observation:
         if len(tool_calls) == 1 or not self.parallel_calls:
@@ -329,25 +412,31 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
             return f"error: {error}", (), "bad_arguments"
         await self._wait_latency()
         bound = functools.partial(found.function, **arguments)
+        if self._stays_here(bound, found.options.inline):
+            return await self._run_bound(bound, found.options)
         # A call that waits for the thread is not late yet: its deadline starts when its turn has come.
-        turn = contextlib.nullcontext() if self._stays_here(bound, found.options.inline) else self._thread_turn
-        async with turn:
+        async with self._thread_turn:
+            await self._wait_for_thread()
             return await self._run_bound(bound, found.options)
 
     async def _run_bound(
         self, bound: Callable[[], Any], options: ToolOptions
     ) -> tuple[str, tuple[ImagePart, ...], str | None]:
-        limit = asyncio.timeout(options.timeout_s or self.tool_timeout_s)
+        work = boxed(self.run_author(bound, inline=options.inline))
         try:
-            async with limit:
-                return *as_content(await self.run_author(bound, inline=options.inline)), None
-        except InfraFault:
+            value, error = await within(options.timeout_s or self.tool_timeout_s, work)
+        except TimeoutError:  # ours: the call's own comes as data
+            return "error: timed out", (), "timeout"
+        try:
+            if error is not None:
+                raise error
+            return *as_content(value), None
+        except (InfraFault, AuthorExit):
             raise
-        except Exception as error:  # a tool may refuse by raising, as sqlite3 does: the policy reads why
-            if limit.expired():
-                return "error: timed out", (), "timeout"
+        except Exception as raised:  # a tool may refuse by raising, as sqlite3 does: the policy reads why
             logger.debug("a tool raised", exc_info=True)
-            return f"error: {redacted(str(error))[:_SHOWN_CHARS] or type(error).__name__}", (), "tool_error"
+            text = redacted(error_text(raised))[:_SHOWN_CHARS] or type(raised).__name__
+            return f"error: {text}", (), "tool_error"
 
     async def _wait_latency(self) -> None:
         if self.latency_median_s > 0:
@@ -360,6 +449,22 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
         # Not the level: a prompt that two levels share is one problem, or training at one would leak held-out ones.
         identity = [f"{owner.__module__}:{owner.__qualname__}", self.version, self.hidden_state(), content]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+def reserved_names() -> frozenset[str]:
+    """Names of AgentEnv's own attributes. A tool of such a name would replace the attribute, or be replaced by it."""
+    declared = {name for base in AgentEnv.__mro__ for name in vars(base).get("__annotations__", {})}
+    return frozenset(declared.union(dir(AgentEnv)))
+
+
+def declared_timeouts(env: AgentEnv | type[AgentEnv]) -> dict[str, float]:
+    """Deadlines of reset, step and reward that are not AgentEnv's own, by the attribute's name, in seconds.
+
+    Example: declared_timeouts(Haiku) -> {"reward_timeout_s": 20.0}
+    """
+    names = ("reset_timeout_s", "step_timeout_s", "reward_timeout_s")
+    values = {name: getattr(env, name) for name in names}
+    return {name: value for name, value in values.items() if value != getattr(AgentEnv, name)}
 
 
 def _fingerprint(part: TextPart | ImagePart) -> str:

@@ -37,6 +37,17 @@ class InfraFault(EnvError, ConnectionError):
     """
 
 
+class AuthorExit(EnvError):
+    """An author's code raised what is no Exception: SystemExit, KeyboardInterrupt, a Rust panic, pytest's `fail`.
+
+    Such an error would end a task, a thread or the whole program on its way up, so it travels in here, as `__cause__`.
+    """
+
+
+class HungThread(EnvError):
+    """A blocking call outlived its deadline and still holds the environment's thread: no other call can be made."""
+
+
 class BadArguments(ValueError):
     """A policy's arguments do not fit a tool's types. The text is short and stable: the policy reads it."""
 
@@ -45,12 +56,27 @@ class HostLost(ConnectionError):
     """The process that hosts environments died, restarted or did not answer in time."""
 
 
+def error_text(error: BaseException) -> str:
+    """`str(error)`; "" where the author's own `__str__` raises."""
+    try:
+        return str(error)
+    except BaseException:  # it is an author's code, too
+        return ""
+
+
+def described(error: BaseException) -> str:
+    """Example: described(KeyError("shelf")) -> "KeyError: 'shelf'"."""
+    return f"{type(error).__name__}: {error_text(error)}"
+
+
 def author_traceback(error: BaseException) -> str:
     """Format `error` without the frames of the machinery that called the author's code.
 
     Environments in envs/library count as authors' code. All frames are kept where none is left. Secrets are redacted,
     before anything is cut.
     """
+    if isinstance(error, AuthorExit) and error.__cause__ is not None:
+        error = error.__cause__
     formatted = traceback.TracebackException.from_exception(error)
     _drop_our_frames(formatted)
     return redacted("".join(formatted.format()))[-TRACEBACK_CHARS:]

@@ -20,9 +20,11 @@ from typing import Any
 
 import gymnasium
 
-from envs.base import AgentEnv
-from envs.errors import MalformedEnvironment, UnknownEnvironment
-from envs.tool import tools_of_class
+from envs.base import AgentEnv, reserved_names
+from envs.errors import AuthorExit, MalformedEnvironment, UnknownEnvironment, described, error_text
+from envs.forked_children import ForkedChildren
+from envs.tool import tool_names, tools_of_class
+from envs.worker_thread import as_exception
 
 BUILT_IN: Mapping[str, str] = {
     "Calculator-v0": "envs.library.calculator:Calculator",
@@ -77,9 +79,19 @@ def environment_facts(env_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def construct(env_id: str, owner: type[AgentEnv], kwargs: Mapping[str, Any]) -> AgentEnv:
-    """Call the constructor, and give the instance a gymnasium spec whose entry point is text."""
+    """Call the constructor, and give the instance a gymnasium spec whose entry point is text.
+
+    Raises MalformedEnvironment, and what the constructor raises; AuthorExit for what is no Exception.
+    """
     check_arguments(env_id, owner, kwargs)
-    env = owner(**kwargs)
+    children = ForkedChildren()
+    try:
+        with children.watched():
+            env = owner(**kwargs)
+    except BaseException as error:
+        children.end()
+        raise as_exception(error)  # noqa: B904  # most often it is the same error
+    env.adopt_children(children)
     gym_id = env_id.split(":")[-1]
     if gym_id not in gymnasium.registry and re.fullmatch(r"[\w.-]+-v\d+", gym_id):
         gymnasium.register(gym_id, entry_point=f"{owner.__module__}:{owner.__qualname__}")
@@ -111,7 +123,28 @@ def check_class(env_id: str, owner: object) -> None:
             inspect.signature(function).bind(*[None] * count)
         except TypeError:
             raise MalformedEnvironment(f"{name}.{method} must take {signature}") from None
-    tools_of_class(owner)
+    _check_tools(name, owner)
+
+
+def _check_tools(name: str, owner: type[AgentEnv]) -> None:
+    reserved = reserved_names()
+    for taken in sorted(reserved & tool_names(owner)):
+        raise MalformedEnvironment(
+            f"{name}: a tool cannot be called {taken!r}, for that is an attribute of every environment; rename the "
+            f"method, for example do_{taken.strip('_')}"
+        )
+    for tool in tools_of_class(owner):
+        limit_s = tool.options.timeout_s or 0.0
+        if limit_s > owner.step_timeout_s:
+            raise MalformedEnvironment(
+                f"{name}: tool {tool.spec.name} may take timeout_s = {limit_s:g} s, but a step ends after "
+                f"step_timeout_s = {owner.step_timeout_s:g} s; set step_timeout_s = {limit_s:g} or more on the class"
+            )
+    if owner.tool_timeout_s != AgentEnv.tool_timeout_s and owner.tool_timeout_s > owner.step_timeout_s:
+        raise MalformedEnvironment(
+            f"{name}: a tool call may take tool_timeout_s = {owner.tool_timeout_s:g} s, but a step ends after "
+            f"step_timeout_s = {owner.step_timeout_s:g} s; set step_timeout_s = {owner.tool_timeout_s:g} or more"
+        )
 
 
 @functools.cache  # reads the metadata of every installed package: 10 ms and more
@@ -163,5 +196,7 @@ def _import(env_id: str, module: str) -> Any:
             importlib.invalidate_caches()
             return _import(env_id, module)
         raise UnknownEnvironment(f"no environment {env_id!r}: there is no module {missing!r}") from None
-    except Exception as error:  # the author's module may raise anything
-        raise MalformedEnvironment(f"{env_id}: importing {module} raised {type(error).__name__}: {error}") from error
+    except BaseException as error:  # the author's module may raise anything
+        raised = as_exception(error)
+        text = error_text(raised) if isinstance(raised, AuthorExit) else described(raised)
+        raise MalformedEnvironment(f"{env_id}: importing {module} raised {text}") from error

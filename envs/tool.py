@@ -112,6 +112,11 @@ def tools_of_class(owner: type) -> tuple[Tool, ...]:
     return tuple(Tool.from_function(method, is_method=True) for method in methods if hasattr(method, _MARK))
 
 
+def tool_names(owner: type) -> set[str]:
+    """Names under which a class's `@tool` methods stand."""
+    return {name for name in dir(owner) if hasattr(inspect.getattr_static(owner, name), _MARK)}
+
+
 def bind_tools(owner: object) -> dict[str, Tool]:
     """Tools of an instance by name."""
     return {t.spec.name: replace(t, function=getattr(owner, t.spec.name)) for t in tools_of_class(type(owner))}

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
-from envs.errors import HostLost
+from envs.errors import HostLost, described
+from envs.worker_thread import boxed
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ class Reply:
 
     request_id: int
     value: Any
+    error: str = ""
+    """Why there is no value; "" = there is one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,7 +156,9 @@ class Mailbox:
                 continue
             for reply in delivery.replies:
                 pending = self._pending.get(reply.request_id)
-                if pending is not None and not pending.future.done():
+                if reply.error:
+                    self._lose([reply.request_id], reply.error)
+                elif pending is not None and not pending.future.done():
                     pending.future.set_result(reply.value)
             older = [i for i, p in self._pending.items() if p.incarnation not in (None, delivery.incarnation)]
             self._lose(older, "the host of environments restarted")
@@ -202,7 +207,8 @@ class MailboxServer:
         max_answer_bytes: int = 256 << 20,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`handle(client_id, operation, arguments)` must not raise. A client silent for `client_timeout_s` is gone.
+        """A client silent for `client_timeout_s` is gone. What `handle(client_id, operation, arguments)` raises is the
+        answer: HostLost on the near side.
 
         While answers of more than `max_answer_bytes`, by `size_of`, wait for a client, its next requests wait.
         """
@@ -249,10 +255,18 @@ class MailboxServer:
                 return  # a client that fetched nothing for so long is gone
         if self._clients.get(client_id) is not client:
             return  # gone meanwhile: nobody would close what this opens
-        value = await self._handle(client_id, request.operation, request.arguments)
-        client.num_bytes += self._size_of(value)
-        client.finished.append(Reply(request_id=request.request_id, value=value))
+        value, error = await boxed(self._answer(client_id, request))
+        if error is None:
+            client.num_bytes += self._size_of(value)
+        else:  # supervision: a request without an answer would keep its caller waiting
+            logger.error("%s failed on the host of environments", request.operation, exc_info=error)
+        client.finished.append(
+            Reply(request_id=request.request_id, value=value, error=described(error) if error else "")
+        )
         client.ready.set()
+
+    async def _answer(self, client_id: str, request: Request) -> Any:
+        return await self._handle(client_id, request.operation, request.arguments)
 
     def _seen(self, client_id: str) -> _Client:
         now = self._clock()

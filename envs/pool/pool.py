@@ -19,8 +19,8 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from envs.base import AgentEnv
-from envs.errors import EnvError, InfraFault, author_traceback
+from envs.base import AgentEnv, declared_timeouts
+from envs.errors import EnvError, InfraFault, author_traceback, described, error_text
 from envs.message import Message
 from envs.outcome import EnvFailure, ResetOutcome, StepOutcome
 from envs.pool.pool_limits import PoolLimits, TurnTaker
@@ -28,14 +28,12 @@ from envs.pool.printed import Printed, printing
 from envs.redaction import redacted
 from envs.registry import construct, find_class
 from envs.task import Task
-from envs.worker_thread import WorkerThread
+from envs.worker_thread import CANCEL_GRACE_S, WorkerThread, as_exception, boxed, outcome_of
 
 logger = logging.getLogger(__name__)
 
 DIGESTS_AT_ONCE = 64
 _CLOSE_TIMEOUT_S = 5.0
-_CANCEL_GRACE_S = 0.2
-"""How long a cancelled coroutine may take to clean up before it is left behind."""
 _SHOWN_CHARS = 500
 
 
@@ -48,10 +46,18 @@ class _Episode:
     ended: bool = False
     """Finished from outside; a step that still waits for its turn must not reach the environment."""
 
-    def last_meta(self, env: AgentEnv | None) -> dict[str, Any]:
-        """Facts at the end: those of `env`, None where its reset failed, and what was printed since the reset."""
+    def with_printed(self, meta: dict[str, Any]) -> dict[str, Any]:
+        """Facts at the end of an episode, with what was printed since the reset."""
         printed = self.printed.text
-        return (env.meta() if env else {}) | ({"printed": printed} if printed else {})
+        return meta | ({"printed": printed} if printed else {})
+
+    def meta_after_failure(self) -> dict[str, Any]:
+        """Facts of an environment whose code failed, as far as it can still tell them."""
+        try:
+            return self.with_printed(self.env.meta() if self.env else {})
+        except BaseException as error:  # episode capture: an author may have overridden meta()
+            as_exception(error)
+            return self.with_printed({})
 
 
 class _Failed(Exception):
@@ -100,7 +106,7 @@ class EnvPool:
             async with self._turns.turn(task.env_name):
                 outcome = await self._open(episode, task)
         except _Failed as failed:
-            outcome = ResetOutcome(failure=failed.failure, meta=episode.last_meta(None))
+            outcome = ResetOutcome(failure=failed.failure, meta=episode.with_printed({}))
         if self._episodes.get(key) is not episode:  # closed meanwhile, maybe opened again for another caller
             outcome = ResetOutcome(failure=outcome.failure or _no_episode(key, "reset"))
         elif outcome.failure is not None:
@@ -160,13 +166,13 @@ class EnvPool:
                 if self._episodes.get(key) is not episode or episode.ended:  # meanwhile, waiting for its turn
                     return StepOutcome(failure=_no_episode(key, "step"))
                 limit_s = min(self._step_timeout_s, env.step_timeout_s)
-                replies, terminated, truncated = await self._guard(episode, "step", limit_s, env.respond(message))
+                work = _respond(env, message)
+                replies, terminated, truncated, meta = await self._guard(episode, "step", limit_s, work)
             if not (terminated or truncated):
-                return StepOutcome(messages=replies, meta=env.meta(), seconds=time.monotonic() - started)
+                return StepOutcome(messages=replies, meta=meta, seconds=time.monotonic() - started)
             return await self._scored(episode, env, started, replies, truncated=truncated)
         except _Failed as failed:
-            seconds = time.monotonic() - started
-            return StepOutcome(failure=failed.failure, meta=episode.last_meta(env), seconds=seconds)
+            return _failed_step(episode, started, failed)
 
     async def _finish(self, key: str) -> StepOutcome:
         started = time.monotonic()
@@ -178,16 +184,23 @@ class EnvPool:
         try:
             return await self._scored(episode, episode.env, started, (), truncated=True)
         except _Failed as failed:
-            seconds = time.monotonic() - started
-            return StepOutcome(failure=failed.failure, meta=episode.last_meta(episode.env), seconds=seconds)
+            return _failed_step(episode, started, failed)
 
     async def _open(self, episode: _Episode, task: Task) -> ResetOutcome:
         making = self._construct(task)
         env = episode.env = await self._guard(episode, "construct", self._reset_timeout_s, making)
         limit_s = min(self._reset_timeout_s, env.reset_timeout_s)
-        resetting = env.areset(seed=task.seed, options={"level": task.level})
-        opening, info = await self._guard(episode, "reset", limit_s, resetting)
-        return ResetOutcome(messages=opening, **info)
+        self._refuse_longer_deadlines(env)
+        return await self._guard(episode, "reset", limit_s, _reset(env, task))
+
+    def _refuse_longer_deadlines(self, env: AgentEnv) -> None:
+        """A run's own waits are computed from its settings: a class cannot have more time than they give it."""
+        for name, seconds in declared_timeouts(env).items():
+            limit_s = getattr(self, f"_{name}")
+            if seconds > limit_s:
+                owner = type(env).__name__
+                text = f"{owner} declares {name} = {seconds:g}, but env.{name} = {limit_s:g}: set env.{name}={seconds:g}"
+                raise self._failed("env", "construct", f"{text} or more")
 
     async def _construct(self, task: Task) -> AgentEnv:
         """Import and construct on a thread, which the environment then keeps; inline ones are made here."""
@@ -212,14 +225,14 @@ class EnvPool:
         self, episode: _Episode, env: AgentEnv, started: float, replies: tuple[Message, ...], *, truncated: bool
     ) -> StepOutcome:
         limit_s = min(self._reward_timeout_s, env.reward_timeout_s)
-        parts = await self._guard(episode, "reward", limit_s, env.score())
+        reward, parts, meta = await self._guard(episode, "reward", limit_s, _score(env))
         return StepOutcome(
             messages=replies,
-            reward=sum(parts.values()),
+            reward=reward,
             reward_parts=parts,
             terminated=not truncated,
             truncated=truncated,
-            meta=episode.last_meta(env),
+            meta=episode.with_printed(meta),
             seconds=time.monotonic() - started,
         )
 
@@ -235,16 +248,17 @@ class EnvPool:
             episode.running = None
         if not task.done():
             task.cancel()
-            await asyncio.wait({task}, timeout=_CANCEL_GRACE_S)
-            raise self._failed("env", where, f"timed out after {limit_s:g} s")
+            await asyncio.wait({task}, timeout=CANCEL_GRACE_S)
+            late = episode.env.late_call if episode.env is not None else ""
+            raise self._failed("env", where, f"timed out after {limit_s:g} s" + (f": {late}() still runs" * bool(late)))
         if task.cancelled():
             raise self._failed("infra", where, "ended from outside")
-        value, error = task.result()
+        value, error = outcome_of(task)
         if error is None:
             return value
         # Our own verdicts on an author's class or reward say everything; a traceback would only show our frames.
         trace = "" if isinstance(error, EnvError) and error.__cause__ is None else author_traceback(error)
-        text = redacted(str(error) if isinstance(error, EnvError) else f"{type(error).__name__}: {error}")
+        text = redacted((isinstance(error, EnvError) and error_text(error)) or described(error))
         kind = "infra" if isinstance(error, InfraFault) else "env"
         raise self._failed(kind, where, text[:_SHOWN_CHARS], trace)
 
@@ -255,33 +269,41 @@ class EnvPool:
 
     async def _close_env(self, env: AgentEnv) -> None:
         try:
-            await self._guard(_Episode(""), "close", _CLOSE_TIMEOUT_S, env.run_author(env.close))
+            await self._guard(_Episode("", env), "close", _CLOSE_TIMEOUT_S, env.aclose())
         except _Failed:
             return  # counted and logged; the episode is over, nobody waits for it
 
 
-async def _captured(work: Coroutine[Any, Any, Any], printed: Printed) -> tuple[Any, BaseException | None]:
-    """Episode capture: whatever an author's code raises is data from here on, and what it prints is the episode's.
-
-    SystemExit must not leave the task, it would stop the event loop.
-    """
+async def _captured(work: Coroutine[Any, Any, Any], printed: Printed) -> tuple[Any, Exception | None]:
+    """Episode capture: whatever an author's code raises is data from here on, and what it prints is the episode's."""
     printing.set(printed)
-    try:
-        return await work, None
-    except (Exception, SystemExit) as error:
-        return None, error
-    except asyncio.CancelledError as error:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise
-        return None, error  # raised by the author's code itself
+    return await boxed(work)
+
+
+async def _reset(env: AgentEnv, task: Task) -> ResetOutcome:
+    opening, info = await env.areset(seed=task.seed, options={"level": task.level})
+    return ResetOutcome(messages=opening, **info)
+
+
+async def _respond(env: AgentEnv, message: Message) -> tuple[tuple[Message, ...], bool, bool, dict[str, Any]]:
+    return *await env.respond(message), env.meta()
+
+
+async def _score(env: AgentEnv) -> tuple[float, dict[str, float], dict[str, Any]]:
+    parts = await env.score()
+    return sum(parts.values()), parts, env.meta()
 
 
 async def _stop_running(episode: _Episode) -> None:
     running = episode.running
     if running is not None:
         running.cancel()
-        await asyncio.wait({running}, timeout=_CANCEL_GRACE_S)
+        await asyncio.wait({running}, timeout=CANCEL_GRACE_S)
+
+
+def _failed_step(episode: _Episode, started: float, failed: _Failed) -> StepOutcome:
+    seconds = time.monotonic() - started
+    return StepOutcome(failure=failed.failure, meta=episode.meta_after_failure(), seconds=seconds)
 
 
 def _no_episode(key: str, where: str) -> EnvFailure:

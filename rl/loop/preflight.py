@@ -9,6 +9,7 @@ from typing import Any
 
 from conf.checks import ConfigError, nearest, secret_values
 from conf.schema import PolicyConfig, TrainConfig
+from envs.base import declared_timeouts
 from envs.registry import find_class
 from policy.model.hybrid_config import PRESETS
 from policy.model.initial import initial_weights_file
@@ -32,6 +33,7 @@ def check_parts(config: TrainConfig, *, trains: bool = True) -> None:
     for key, entry in entries.items():
         _check_environment(entry.id, entry.kwargs, entry.level, key)
         _check_levels(config, entry.id)
+        _check_timeouts(config, entry.id)
         _check_images(entry.id, config.policy, key)
     if config.policy.kind == "hybrid":
         _check_preset(config.policy.preset, config.policy.overrides)
@@ -98,6 +100,17 @@ def _check_levels(config: TrainConfig, env_id: str) -> None:
     for key, level in asked.items():
         if level > highest:
             raise ConfigError(f"{key}={level} is out of range: {env_id} has levels 0 to {highest}")
+
+
+def _check_timeouts(config: TrainConfig, env_id: str) -> None:
+    """Every wait of a run is computed from its settings, so an environment that needs longer must be given it there."""
+    for name, seconds in declared_timeouts(find_class(env_id)).items():
+        limit_s = getattr(config.env, name)
+        if seconds > limit_s:
+            raise ConfigError(
+                f"env.{name}={limit_s:g} is less than {name} = {seconds:g} that {env_id} declares: set "
+                f"env.{name}={seconds:g} or more"
+            )
 
 
 def _check_preset(preset: str, overrides: Mapping[str, Any]) -> None:

@@ -150,6 +150,24 @@ class HangsInTask(RaisesInTask):
         return "late"
 
 
+class HangsForGood(RaisesInTask):
+    """Its thread is not free again before its process is to be."""
+
+    tool_timeout_s = 0.05
+
+    def __init__(self, *, in_task: bool = True) -> None:
+        super().__init__()
+        self.in_task = in_task
+
+    def task(self, rng: random.Random, level: int) -> str:
+        return self.hang() if self.in_task else "?"
+
+    @tool
+    def hang(self) -> str:
+        time.sleep(60.0)
+        return "late"
+
+
 class Asks(AgentEnv):
     """Base of the ones below: a good task."""
 

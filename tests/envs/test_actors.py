@@ -59,6 +59,18 @@ def test_a_pool_actor_plays_episodes_and_works_again_after_it_was_killed(ray_clu
         failure = (await host.open("b", broken)).failure
         assert failure is not None
         assert "small_envs.py" in failure.traceback
+        for what in ("panic", "interrupt", "exit"):  # B1: the mailbox answers, whatever an author throws
+            throws = Task(
+                task_id="c",
+                env_id="tests.envs.thrown_envs:InlineThrower",
+                env_name="e",
+                seed=1,
+                kwargs={"where": "tool", "what": what},
+            )
+            assert (await host.open("c", throws)).failure is None
+            thrown = (await host.step("c", call("pull"))).failure
+            assert thrown is not None and (thrown.kind, thrown.where) == ("env", "step")
+            assert (await host.step("again", call("add", a=1, b=1))).failure is None
         await host.aclose()
 
     asyncio.run(asyncio.wait_for(scenario(), 170))

@@ -12,7 +12,7 @@ from gymnasium.utils.env_checker import check_env
 
 from envs.base import AgentEnv, call, say
 from envs.check.demonstration import demonstrate
-from envs.errors import BadReward, InfraFault
+from envs.errors import AuthorExit, BadReward, InfraFault
 from envs.message import Message, ToolCall
 from envs.registry import make_env
 from envs.tool import tool
@@ -155,7 +155,7 @@ def test_declared_calls_of_one_message_run_at_the_same_time_and_blocking_ones_in
     assert texts(replies) == ["0"] * 4 + ["error: timed out", "0"]
 
 
-@pytest.mark.parametrize(("name", "error"), [("leave", SystemExit), ("lose_server", InfraFault)])
+@pytest.mark.parametrize(("name", "error"), [("leave", AuthorExit), ("lose_server", InfraFault)])
 @pytest.mark.parametrize("parallel", [True, False])
 def test_what_is_no_observation_raises_also_from_one_of_several_calls(name: str, error: type, parallel: bool) -> None:
     env = Rendezvous()
@@ -269,12 +269,12 @@ def test_a_reward_that_is_not_finite_numbers_raises(kind: str) -> None:
         env.step("x")
 
 
-def test_system_exit_reaches_the_caller_and_the_shared_loop_lives_on() -> None:
-    with pytest.raises(SystemExit):
+def test_an_exit_reaches_the_caller_as_an_error_and_the_shared_loop_lives_on() -> None:
+    with pytest.raises(AuthorExit, match="SystemExit: 3"):
         ExitsInTask().reset(seed=0)
     env = ExitsInTool()
     env.reset(seed=0)
-    with pytest.raises(SystemExit):
+    with pytest.raises(AuthorExit, match="SystemExit: 3"):
         env.step(call("leave"))
     assert demonstrate(Doubling(), 1, 0).reward == 0.75
 

@@ -152,7 +152,7 @@ def test_a_hung_thread_is_abandoned_and_counted_and_others_go_on() -> None:
         await host.open("warm", task("Doubling"))
         before = WorkerThread.num_abandoned
         hung, *others = await asyncio.gather(
-            host.open("hung", task("HangsInTask")), *(host.open(f"k{i}", task("Calculator-v0", i)) for i in range(5))
+            host.open("hung", task("HangsForGood")), *(host.open(f"k{i}", task("Calculator-v0", i)) for i in range(5))
         )
         assert hung.failure is not None
         assert [o.failure for o in others] == [None] * 5

@@ -262,8 +262,14 @@ def test_a_pool_past_its_limit_of_memory_or_of_hung_threads_is_recycled_and_says
         exits: list[int] = []
         service = PoolService(limits=limits, exit_process=lambda: exits.append(1))
         host = MailboxHost([_line(lambda: service)], retry_s=0.05)
-        doubling = Task(task_id="a", env_id="tests.envs.small_envs:Doubling", env_name="e", seed=1)
-        assert (await host.open("a", doubling)).failure is None
+        hanging = Task(
+            task_id="a",
+            env_id="tests.envs.small_envs:HangsForGood",
+            env_name="e",
+            seed=1,
+            kwargs={"in_task": False},
+        )
+        assert (await host.open("a", hanging)).failure is None
         assert "timed out" in (await host.step("a", call("hang"))).messages[0].text
         await host.close("a")
         await asyncio.sleep(0.1)
