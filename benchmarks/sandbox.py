@@ -21,7 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.machine import describe_machine
 from benchmarks.stored_result import save_result
-from envs.sandbox.sandbox import Sandbox, SandboxUnavailable, open_sandbox
+from envs.sandbox.limits import SandboxUnavailable
+from envs.sandbox.sandbox import Sandbox, open_sandbox
 from envs.worker_thread import run_sync
 
 RESULT = Path(__file__).parent / "results" / "sandbox.json"

@@ -34,7 +34,6 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import gymnasium
@@ -49,7 +48,8 @@ from envs.errors import (
     error_text,
 )
 from envs.forked_children import ForkedChildren
-from envs.message import ImagePart, Message, TextPart, ToolCall, ToolResult, ToolSpec
+from envs.message import ImagePart, Message, ToolCall, ToolResult, ToolSpec
+from envs.problem_text import SHOWN_CHARS, fingerprint, finite, opening_messages
 from envs.redaction import redacted
 from envs.space import ActionSpace, ObservationSpace
 from envs.task import Problem
@@ -65,7 +65,6 @@ Oracle = Generator[Message, Observation, None]
 _latency = random.Random()  # of its own: time is no part of a transcript, and tests seed the global one
 MAX_CALLS = 16
 """Calls of one assistant message that are run where they may be parallel; the rest is refused."""
-_SHOWN_CHARS = 200
 _REWARD_SLACK = 1e-6  # sums of parts round
 _CLOSE_PATIENCE_S = 2.0
 """How long close() waits for a thread that a late call still holds."""
@@ -213,7 +212,7 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
             raise ValueError(f"level {self.level} of {type(self).__name__} is not in 0..{self.levels - 1}")
         problem = await self.run_author(self.task, random.Random(f"{self.seed}/{self.level}"), self.level)
         self.problem = Problem(prompt=problem) if isinstance(problem, str) else problem
-        opening = _opening_messages(self)
+        opening = opening_messages(type(self).__name__, self.problem)
         self._tools = self.tools()
         self._thread_turn = asyncio.Lock()
         self._calls: Counter[str] = Counter()
@@ -246,7 +245,7 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
         if self._ended:
             raise RuntimeError(f"{type(self).__name__}: no episode is running, call reset() first")
         if not (isinstance(message, Message) and message.role == "assistant"):
-            raise TypeError(f"an action is an assistant Message, not {message!r:.{_SHOWN_CHARS}}")
+            raise TypeError(f"an action is an assistant Message, not {message!r:.{SHOWN_CHARS}}")
         self._num_turns += 1
         if message.tool_calls:
             replies = await self._answer_calls(message.tool_calls)
@@ -272,11 +271,11 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
         parts = value if isinstance(value, dict) else {"reward": value}
         if not parts:
             raise BadReward("reward() returned no parts")
-        finite = {str(name): _finite(name, part) for name, part in parts.items()}
-        total, (low, high) = _finite("sum", sum(finite.values())), self.reward_range
+        numbers = {str(name): finite(name, part) for name, part in parts.items()}
+        total, (low, high) = finite("sum", sum(numbers.values())), self.reward_range
         if not low - _REWARD_SLACK <= total <= high + _REWARD_SLACK:
             raise BadReward(f"reward() returned {total:g} in sum, which is not in reward_range {low:g}..{high:g}")
-        return finite
+        return numbers
 
     def tool_specs(self) -> tuple[ToolSpec, ...]:
         return tuple(t.spec for t in self._tools.values())
@@ -402,7 +401,7 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
         if index >= MAX_CALLS:
             return "error: too many calls", (), "malformed"
         if tool_call.error is not None:
-            return f"error: {tool_call.error[:_SHOWN_CHARS]}", (), "malformed"
+            return f"error: {tool_call.error[:SHOWN_CHARS]}", (), "malformed"
         found = self._tools.get(tool_call.name)
         if found is None:
             return "error: unknown tool", (), "unknown_tool"
@@ -435,7 +434,7 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
             raise
         except Exception as raised:  # a tool may refuse by raising, as sqlite3 does: the policy reads why
             logger.debug("a tool raised", exc_info=True)
-            text = redacted(error_text(raised))[:_SHOWN_CHARS] or type(raised).__name__
+            text = redacted(error_text(raised))[:SHOWN_CHARS] or type(raised).__name__
             return f"error: {text}", (), "tool_error"
 
     async def _wait_latency(self) -> None:
@@ -445,56 +444,7 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
 
     def _digest(self, opening: Observation) -> str:
         owner = type(self)
-        content = [[m.role, *(_fingerprint(part) for part in m.content)] for m in opening]
+        content = [[m.role, *(fingerprint(part) for part in m.content)] for m in opening]
         # Not the level: a prompt that two levels share is one problem, or training at one would leak held-out ones.
         identity = [f"{owner.__module__}:{owner.__qualname__}", self.version, self.hidden_state(), content]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-
-
-def reserved_names() -> frozenset[str]:
-    """Names of AgentEnv's own attributes. A tool of such a name would replace the attribute, or be replaced by it."""
-    declared = {name for base in AgentEnv.__mro__ for name in vars(base).get("__annotations__", {})}
-    return frozenset(declared.union(dir(AgentEnv)))
-
-
-def declared_timeouts(env: AgentEnv | type[AgentEnv]) -> dict[str, float]:
-    """Deadlines of reset, step and reward that are not AgentEnv's own, by the attribute's name, in seconds.
-
-    Example: declared_timeouts(Haiku) -> {"reward_timeout_s": 20.0}
-    """
-    names = ("reset_timeout_s", "step_timeout_s", "reward_timeout_s")
-    values = {name: getattr(env, name) for name in names}
-    return {name: value for name, value in values.items() if value != getattr(AgentEnv, name)}
-
-
-def _fingerprint(part: TextPart | ImagePart) -> str:
-    return part.text if isinstance(part, TextPart) else hashlib.sha256(part.data).hexdigest()
-
-
-def _opening_messages(env: AgentEnv) -> Observation:
-    """The conversation's start; raises MalformedEnvironment where task() returned something else."""
-    problem = env.problem
-    if not isinstance(problem, Problem):
-        raise MalformedEnvironment(f"{type(env).__name__}.task() returned {type(problem).__name__}, not a Problem")
-    try:
-        json.dumps(problem.meta, allow_nan=False)  # it crosses processes and is stored
-    except (TypeError, ValueError) as error:
-        raise MalformedEnvironment(f"{type(env).__name__}.task(): meta is not plain JSON data: {error}") from None
-    system = (Message.system(problem.system),) if problem.system else ()
-    if isinstance(problem.prompt, str):
-        user = Message.user(problem.prompt)
-        return (*system, replace(user, content=(*problem.images, *user.content)))
-    messages = (*system, *problem.prompt)
-    if not problem.prompt or not all(isinstance(message, Message) for message in messages):
-        raise MalformedEnvironment(f"{type(env).__name__}.task(): prompt is neither text nor a tuple of Messages")
-    return messages
-
-
-def _finite(name: object, part: object) -> float:
-    try:
-        number = float(cast(float, part))
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if isinstance(part, str | bytes) or not math.isfinite(number):
-        raise BadReward(f"reward() returned {name} = {redacted(repr(part))[:_SHOWN_CHARS]}, not a finite number")
-    return number

@@ -20,7 +20,8 @@ from typing import Any
 
 import gymnasium
 
-from envs.base import AgentEnv, reserved_names
+from envs.base import AgentEnv
+from envs.declared import reserved_names
 from envs.errors import AuthorExit, MalformedEnvironment, UnknownEnvironment, described, error_text
 from envs.forked_children import ForkedChildren
 from envs.tool import tool_names, tools_of_class

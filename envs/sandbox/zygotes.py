@@ -30,17 +30,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from envs.sandbox.sandbox import Execution, Limits, SandboxFault, SandboxUnavailable
+from envs.sandbox import bubblewrap, container
+from envs.sandbox.boot import BOOT, ENVIRONMENT, FLAGS
+from envs.sandbox.limits import Execution, Limits, SandboxFault, SandboxUnavailable
 
 logger = logging.getLogger(__name__)
 
 _ROOT = Path(__file__).resolve().parents[2]
-BOOT = (
-    "import sys; sys.path.insert(0, sys.argv.pop(1)); from envs.sandbox.jail_child import main; del sys.path[0]; main()"
-)
-FLAGS = ("-P", "-s", "-S")
-"""No user's and no site's packages. Not -I, which would ignore the hash seed that keeps transcripts the same."""
-ENVIRONMENT = {"PYTHONHASHSEED": "0"}
 MAX_SLOTS = 8
 _START_TIMEOUT_S = 20.0
 _REPLY_GRACE_S = 10.0
@@ -75,8 +71,6 @@ class Launcher:
 
 def launcher_of(kind: str, argument: str) -> Launcher:
     """`kind` as in envs.sandbox.sandbox.KINDS; `argument` is the image of a container."""
-    from envs.sandbox import bubblewrap, container
-
     if kind == "bwrap":
         return Launcher(kind=kind, confine="try", reusable=False, command=bubblewrap.command, inner_base="/tmp/runs")
     if kind == "container":

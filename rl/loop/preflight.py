@@ -9,7 +9,7 @@ from typing import Any
 
 from conf.checks import ConfigError, nearest, secret_values
 from conf.schema import PolicyConfig, TrainConfig
-from envs.base import declared_timeouts
+from envs.declared import declared_timeouts
 from envs.registry import find_class
 from policy.model.hybrid_config import PRESETS
 from policy.model.initial import initial_weights_file

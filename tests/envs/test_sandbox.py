@@ -20,12 +20,9 @@ from envs.base import AgentEnv, call
 from envs.outcome import StepOutcome
 from envs.pool.pool import EnvPool
 from envs.sandbox import confinement
+from envs.sandbox.limits import Execution, Limits, SandboxFault, SandboxUnavailable
 from envs.sandbox.sandbox import (
-    Execution,
-    Limits,
     Sandbox,
-    SandboxFault,
-    SandboxUnavailable,
     kinds_of,
     open_sandbox,
     run_code,

@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 
-from envs.base import call, say
-from envs.errors import AuthorExit, HungThread
+from envs.base import AgentEnv, call, say
+from envs.declared import reserved_names
+from envs.errors import AuthorExit, HungThread, MalformedEnvironment
 from envs.outcome import EnvFailure, EnvHost
 from envs.pool.call_batching import Mailbox
 from envs.pool.client import MailboxHost, PoolService
 from envs.pool.pool import EnvPool
-from envs.registry import make_env
+from envs.registry import check_class, make_env
 from envs.task import Task
+from envs.tool import tool
 from envs.worker_thread import WorkerThread, boxed
 from tests.envs.thrown_envs import PLACES, THROWS
 
@@ -108,6 +110,7 @@ import asyncio, signal, sys, time
 from envs.base import AgentEnv, say
 from envs.pool.pool import EnvPool
 from envs.task import Task
+from envs.tool import tool
 
 class Spins(AgentEnv):
     inline = True
@@ -286,3 +289,20 @@ def test_boxing_lets_a_cancellation_from_outside_through() -> None:
             await waiting
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("name", sorted(name for name in reserved_names() if not name.startswith("__")))
+def test_a_tool_may_not_take_the_name_of_an_attribute_of_every_environment(name: str) -> None:
+    """B3: `score` would escape the pool, `close` would replace the cleanup."""
+
+    def plain(self: AgentEnv, x: int) -> str:
+        """A tool."""
+        return str(x)
+
+    plain.__name__ = name
+    members = {"task": lambda self, rng, level: "?", "reward": lambda self, answer: 1.0}
+    if name in members:
+        return  # replaced by the tool, the class has no such method and is refused for that
+    owner = type("Clashing", (AgentEnv,), members | {name: tool(plain)})
+    with pytest.raises(MalformedEnvironment, match=f"cannot be called '{name}'.*rename the method, for example do_"):
+        check_class("Clashing-v0", owner)
