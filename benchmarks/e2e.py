@@ -141,23 +141,23 @@ def our_tokens(task: SharedTask, checkpoint: Path) -> tuple[list[dict[str, Any]]
     from envs.base import call
     from envs.message import Message, ToolResult
     from envs.registry import make_env
-    from rollout.dialects.dialect import make_renderer
+    from rollout.dialects.dialect import make_dialect
 
-    renderer = make_renderer(PolicyConfig(kind="hf", path=str(checkpoint), dialect="chat_template"))
+    dialect = make_dialect(PolicyConfig(kind="hf", path=str(checkpoint), dialect="chat_template"))
     env = make_env(task.env_id)
     conversations, token_ids = [], []
     for seed in range(50):
         opening, info = env.reset(seed=seed)
         tools = info["tools"]
         messages: list[dict[str, Any]] = [{"role": "user", "content": opening[0].text}]
-        ids = renderer.prompt(opening, tools)
+        ids = dialect.prompt(opening, tools)
         assert len(ids) <= PROMPT_TOKENS, f"a prompt of {len(ids)} tokens: {opening[0].text!r}"
         if tools:
             function = {"name": "add", "arguments": {"a": seed, "b": 3}}
             messages.append({"role": "assistant", "content": "", "tool_calls": [{"function": function}]})
             messages.append({"role": "tool", "name": "add", "content": str(seed + 3)})
             result = ToolResult(call_id="0", name="add", content=str(seed + 3))
-            ids += renderer.completion(call("add", a=seed, b=3), tools) + renderer.reply([Message.tool(result)], tools)
+            ids += dialect.completion(call("add", a=seed, b=3), tools) + dialect.reply([Message.tool(result)], tools)
         conversations.append({"task": task.name, "messages": messages})
         token_ids.append(ids)
     env.close()

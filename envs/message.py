@@ -18,7 +18,7 @@ class TextPart:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImagePart:
-    """An encoded image inside a message. A renderer without vision refuses it by name."""
+    """An encoded image inside a message. A dialect without vision refuses it by name."""
 
     data: bytes
     """The encoded file."""

@@ -20,7 +20,7 @@ from rl.loop.tasks import task_entries
 from rl.runs.checkpoint import load_latest
 from rl.runs.run_folder import RunFolder
 from rl.runs.usage import UsageError
-from rollout.dialects.dialect import Renderer, make_renderer
+from rollout.dialects.dialect import Dialect, make_dialect
 from rollout.play.context import EpisodeContext, EpisodeSettings
 from rollout.play.swap_lock import RolloutLock
 from rollout.record.recorder import Recorder
@@ -43,7 +43,7 @@ class Counter:
     desk: AgentDesk
     host: EnvHost
     engine: Any
-    renderer: Renderer
+    dialect: Dialect
     recorder: Recorder
     deadline_s: float
     running: set[asyncio.Task[None]] = field(default_factory=set)
@@ -91,7 +91,7 @@ class Counter:
             session=f"{task.task_id}-{secrets.token_hex(4)}",
             host=self.host if with_env else None,
             engine=self.engine,
-            renderer=self.renderer,
+            dialect=self.dialect,
             settings=self._settings(),
             lock=RolloutLock("none"),
         )
@@ -145,7 +145,7 @@ async def serve(config: TrainConfig, run: RunFolder, folder: RunFolder, args: Na
             desk=desk,
             host=build_pool(config),
             engine=engine,
-            renderer=make_renderer(config.policy),
+            dialect=make_dialect(config.policy),
             recorder=recorder,
             deadline_s=args.session_deadline,
         )

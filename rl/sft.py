@@ -42,7 +42,7 @@ from rl.algorithm.optimizer import build_optimizer, learning_rate, set_learning_
 from rl.loop.amplification import sample
 from rl.loop.tasks import evaluation_levels, task_entries
 from rl.runs.run_folder import RunFolder
-from rollout.dialects.dialect import Renderer, make_renderer
+from rollout.dialects.dialect import Dialect, make_dialect
 
 GRAD_CLIP = 1.0
 NO_NOISE = 10
@@ -110,14 +110,14 @@ def demonstrate_tasks(tasks: Sequence[Task], *, noise_from_level: int = NO_NOISE
     return asyncio.run(play())
 
 
-def demonstration_row(demonstration: Demonstration, renderer: Renderer) -> DemonstrationRow:
+def demonstration_row(demonstration: Demonstration, dialect: Dialect) -> DemonstrationRow:
     """Render a demonstration piece by piece, exactly as an episode grows.
 
     Example: user "1+2=?", assistant "3" -> ids [<user> 1 + 2 = ? <assistant> 3 <end>], mask 1 on the last two.
     """
     messages, tools = demonstration.messages, demonstration.tools
     first = next(i for i, message in enumerate(messages) if message.role == "assistant")
-    token_ids = renderer.prompt(messages[:first], tools)
+    token_ids = dialect.prompt(messages[:first], tools)
     mask = [0] * len(token_ids)
     replies = []
     for message in messages[first:]:
@@ -125,11 +125,11 @@ def demonstration_row(demonstration: Demonstration, renderer: Renderer) -> Demon
             replies.append(message)
             continue
         if replies or sum(mask):
-            reply = renderer.reply(replies, tools)
+            reply = dialect.reply(replies, tools)
             token_ids += reply
             mask += [0] * len(reply)
             replies = []
-        completion = renderer.completion(message, tools)
+        completion = dialect.completion(message, tools)
         token_ids += completion
         mask += [1] * len(completion)
     return DemonstrationRow(token_ids=np.array(token_ids, np.int32), loss_mask=np.array(mask, np.uint8))
@@ -225,7 +225,7 @@ def main(config: TrainConfig) -> int:
     started = time.perf_counter()
     folder = None if config.sft.output else _new_folder(config)
     path = folder.path / "model.safetensors" if folder else Path(config.sft.output)
-    renderer = make_renderer(config.policy)
+    dialect = make_dialect(config.policy)
     tasks = asyncio.run(training_tasks(config, config.sft.steps * config.sft.batch_size))
     demonstrations = demonstrate_tasks(tasks, noise_from_level=config.sft.noise_from_level)
     right = float(np.mean([demonstration.reward for demonstration in demonstrations]))
@@ -241,7 +241,7 @@ def main(config: TrainConfig) -> int:
 
     losses = supervised_fine_tune(
         model,
-        [demonstration_row(demonstration, renderer) for demonstration in demonstrations],
+        [demonstration_row(demonstration, dialect) for demonstration in demonstrations],
         config.sft,
         seed=config.seed,
         max_tokens=config.learner.micro_batch_tokens,

@@ -1,1 +1,1 @@
-"""Rollouts join messages and tokens: renderer, episodes, groups, leases, and the worker that runs them."""
+"""Rollouts join messages and tokens: dialect, episodes, groups, leases, and the worker that runs them."""

@@ -24,7 +24,7 @@ from policy.model.hf_model import load_policy_model
 from policy.model.hybrid import HybridModel
 from policy.sync.transport import PublishedSnapshot, arrived
 from policy.vllm.engine import VllmEngine
-from rollout.dialects.dialect import Renderer, make_renderer
+from rollout.dialects.dialect import Dialect, make_dialect
 from rollout.play.context import EpisodeContext, EpisodeSettings
 from rollout.play.episode import run_episode
 from rollout.play.failpoint import Failpoint
@@ -49,7 +49,7 @@ class RolloutWorker:
         name: str,
         *,
         engine: Engine,
-        renderer: Renderer,
+        dialect: Dialect,
         host: EnvHost,
         config: RolloutConfig,
         seed: int,
@@ -61,7 +61,7 @@ class RolloutWorker:
         that lead the episodes in place of `run_episode`."""
         self.name = name
         self._engine = engine
-        self._renderer = renderer
+        self._dialect = dialect
         self._host = host
         self._config = config
         self._seed = seed
@@ -120,7 +120,7 @@ class RolloutWorker:
             worker=self.name,
             host=self._host,
             engine=self._engine,
-            renderer=self._renderer,
+            dialect=self._dialect,
             settings=settings,
             lock=self._lock,
             failpoint=self._failpoint.hit,
@@ -233,7 +233,7 @@ def build_worker(config: TrainConfig, name: str, host: EnvHost, failpoint: Failp
     return RolloutWorker(
         name,
         engine=build_engine(config),
-        renderer=make_renderer(config.policy),
+        dialect=make_dialect(config.policy),
         host=host,
         config=config.rollout,
         seed=config.seed,

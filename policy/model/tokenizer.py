@@ -1,7 +1,7 @@
 """Text to token ids and back. One promise matters most: `encode` never yields a control token.
 
 Control tokens mark turns, calls and results. If text could spell one, a tool result holding "<|im_end|>" would end the
-turn it stands in (prompt injection), so text always becomes ordinary tokens and only a renderer places control tokens.
+turn it stands in (prompt injection), so text always becomes ordinary tokens and only a dialect places control tokens.
 """
 
 import json

@@ -18,7 +18,7 @@ from rl.algorithm.advantage import ToolPrice
 from rl.algorithm.learner import Learner
 from rl.algorithm.step_report import LearnerReport
 from rl.runs.checkpoint import read_checkpoint, save_checkpoint
-from rollout.dialects.dialect import make_renderer
+from rollout.dialects.dialect import make_dialect
 from rollout.record.trajectory import TrajectoryGroup
 
 T = TypeVar("T")
@@ -35,7 +35,7 @@ def build_learner(config: TrainConfig) -> Learner:
         total_steps=config.steps,
         max_staleness=config.rollout.max_staleness,
         groups_per_step=config.rollout.groups_per_step,
-        banned_token_ids=make_renderer(config.policy).banned_token_ids,
+        banned_token_ids=make_dialect(config.policy).banned_token_ids,
         price=ToolPrice(cost=config.env.tool_cost, below=config.env.tool_cost_below),
         engine_tolerance=(
             vllm_tolerance(model.config, config.engine) if config.engine.kind == "vllm" else LOGPROB_TOLERANCE

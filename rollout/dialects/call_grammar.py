@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from envs.message import ToolCall
 from policy.model.tokenizer import Tokenizer
-from rollout.dialects.dialect import ParsedTurn
+from rollout.dialects.parsed_turn import ParsedTurn
 
 CALL, END_CALL, THINK, END_THINK = "<tool_call>", "</tool_call>", "<think>", "</think>"
 MARKS = (CALL, END_CALL, THINK, END_THINK)

@@ -1,47 +1,26 @@
 """Messages to tokens and back: what a dialect must do, and which one a policy speaks.
 
 Token-in-token-out: the first prompt is rendered once; afterwards a conversation only grows by sampled ids and by
-`reply` ids. History is never decoded and encoded again (pitfalls A6). Text from an environment can never become a
-control token, in any dialect.
+`reply` ids. History is never decoded and encoded again: the ids would differ from those that were sampled. Text from an
+environment can never become a control token, in any dialect.
 
 Images stay data: a dialect that accepts them writes one placeholder for each, in the order of the conversation, and
 `Trajectory.images` holds them in that order. How many tokens a placeholder stands for is a vision processor's to say.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from conf.schema import PolicyConfig
-from envs.message import ImagePart, Message, ToolCall, ToolSpec
+from envs.message import Message, ToolSpec
 from policy.model.tokenizer import Tokenizer
-
-ParseStatus = Literal["none", "ok", "malformed"]
+from rollout.dialects.parsed_turn import ParsedTurn
 
 VISION_POLICIES: frozenset[str] = frozenset()
 """Values of `policy.kind` whose model sees images. None so far: placeholders are written, no model reads them."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ParsedTurn:
-    """A completion as a message.
-
-    Example: ids of 'calc<call>add<arg>2<arg>3<end>' -> text "calc", one call add(a="2", b="3"), status "ok".
-    """
-
-    message: Message
-    status: ParseStatus
-    """"none": no call was tried. "malformed": at least one call has `error` set."""
-
-    @staticmethod
-    def of(text: str, calls: Sequence[ToolCall]) -> "ParsedTurn":
-        status: ParseStatus = "none"
-        if calls:
-            status = "malformed" if any(call.error for call in calls) else "ok"
-        return ParsedTurn(message=Message.assistant(text, tuple(calls)), status=status)
-
-
-class Renderer(Protocol):
+class Dialect(Protocol):
     """One dialect. The invariant: prompt + completion + reply + completion + reply ... is what the policy sees."""
 
     @property
@@ -87,31 +66,24 @@ class Renderer(Protocol):
         ...
 
 
-def text_of(message: Message, dialect: str) -> str:
-    """The text of a message. Raises `ValueError` where it holds an image."""
-    if any(isinstance(part, ImagePart) for part in message.content):
-        raise ValueError(f"dialect {dialect!r} renders text only, but a {message.role} message holds an image")
-    return message.text
-
-
 def sees_images(config: PolicyConfig) -> bool:
     """Whether the policy's model can be shown images."""
     return config.kind in VISION_POLICIES
 
 
-def make_renderer(config: PolicyConfig) -> Renderer:
-    """The renderer that `config.dialect` names. Raises `ValueError` for an unknown dialect or a missing folder."""
+def make_dialect(config: PolicyConfig) -> Dialect:
+    """The dialect that `config.dialect` names. Raises `ValueError` for an unknown dialect or a missing folder."""
     # imported late: the tiny dialect must not pay for transformers
     if config.dialect == "tiny":
-        from rollout.dialects.tiny_dialect import TinyRenderer
+        from rollout.dialects.tiny_dialect import TinyDialect
 
-        return TinyRenderer()
+        return TinyDialect()
     if config.dialect == "qwen3_5":
-        from rollout.dialects.qwen_dialect import QwenRenderer
+        from rollout.dialects.qwen_dialect import QwenDialect
 
-        return QwenRenderer.load(config.path, accepts_images=sees_images(config))
+        return QwenDialect.load(config.path, accepts_images=sees_images(config))
     if config.dialect == "chat_template":
-        from rollout.dialects.template_dialect import TemplateRenderer
+        from rollout.dialects.template_dialect import TemplateDialect
 
-        return TemplateRenderer.load(config.path)
+        return TemplateDialect.load(config.path)
     raise ValueError(f"unknown policy.dialect {config.dialect!r}; choose tiny, qwen3_5 or chat_template")

@@ -14,7 +14,7 @@ from envs.message import ImagePart, Message, ToolSpec
 from policy.model.tokenizer import HfTokenizer
 from rollout.dialects.call_grammar import CALL, MARKS, parse_turn, xml_call
 from rollout.dialects.control_text import ControlText
-from rollout.dialects.dialect import ParsedTurn, text_of
+from rollout.dialects.parsed_turn import ParsedTurn, text_of
 
 # The wording is the model's: it was trained on it, so it must not be changed.
 CALL_INSTRUCTIONS = """
@@ -49,7 +49,7 @@ IMAGE_MARKS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 
 
-class QwenRenderer:
+class QwenDialect:
     """Example: reply([tool(5)]) -> ids of
     "\\n<|im_start|>user\\n<tool_response>\\n5\\n</tool_response><|im_end|>\\n<|im_start|>assistant\\n" + a thought."""
 
@@ -78,9 +78,9 @@ class QwenRenderer:
         self._control = ControlText(tokenizer)
 
     @staticmethod
-    def load(folder: str | Path, *, accepts_images: bool = False) -> "QwenRenderer":
+    def load(folder: str | Path, *, accepts_images: bool = False) -> "QwenDialect":
         tokenizer = HfTokenizer.load(folder)
-        return QwenRenderer(tokenizer, end_ids=tokenizer.end_ids(folder), accepts_images=accepts_images)
+        return QwenDialect(tokenizer, end_ids=tokenizer.end_ids(folder), accepts_images=accepts_images)
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> list[int]:
         opening = ""

@@ -15,13 +15,13 @@ from envs.message import Message, ToolSpec
 from policy.model.tokenizer import HfTokenizer
 from rollout.dialects.call_grammar import parse_turn
 from rollout.dialects.control_text import SENTINEL, ControlText
-from rollout.dialects.dialect import ParsedTurn, text_of
+from rollout.dialects.parsed_turn import ParsedTurn, text_of
 from rollout.dialects.qwen_dialect import banned_ids, tool_json
 
 QUERY = {"role": "user", "content": "?"}
 
 
-class TemplateRenderer:
+class TemplateDialect:
     """Example (ChatML): reply([tool(5)]) -> ids of "\\n<|im_start|>tool\\n5<|im_end|>\\n<|im_start|>assistant\\n"."""
 
     accepts_images = False
@@ -38,9 +38,9 @@ class TemplateRenderer:
         self.reply([Message.user("?")], [])  # refuse an unusable template now, not in the middle of an episode
 
     @staticmethod
-    def load(folder: str | Path) -> "TemplateRenderer":
+    def load(folder: str | Path) -> "TemplateDialect":
         tokenizer = HfTokenizer.load(folder)
-        return TemplateRenderer(tokenizer, end_ids=tokenizer.end_ids(folder))
+        return TemplateDialect(tokenizer, end_ids=tokenizer.end_ids(folder))
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> list[int]:
         return self._control.encode(self._render(self._plain(messages), tools, header=True))

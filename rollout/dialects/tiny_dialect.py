@@ -11,12 +11,12 @@ from itertools import islice, takewhile
 
 from envs.message import Message, ToolCall, ToolSpec
 from policy.model.tokenizer import ByteTokenizer
-from rollout.dialects.dialect import ParsedTurn, text_of
+from rollout.dialects.parsed_turn import ParsedTurn, text_of
 
 ROLE_MARKS = {"system": "<system>", "user": "<user>", "assistant": "<assistant>", "tool": "<result>"}
 
 
-class TinyRenderer:
+class TinyDialect:
     """Example: reply([Message.tool(...5...)]) -> [<result>, 53, <assistant>]."""
 
     accepts_images = False

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from envs.outcome import EnvHost
 from envs.task import Task
 from policy.engine.protocol import Engine
-from rollout.dialects.dialect import Renderer
+from rollout.dialects.dialect import Dialect
 from rollout.play.swap_lock import RolloutLock
 
 
@@ -65,7 +65,7 @@ class EpisodeContext:
     """Where the environments live. None: a session without a task, which only its agent can score."""
     engine: Engine
     """Samples the tokens."""
-    renderer: Renderer
+    dialect: Dialect
     """Writes messages as tokens and reads sampled tokens as messages."""
     settings: EpisodeSettings
     """Temperature, limits and seed."""

@@ -78,16 +78,16 @@ async def play_episode(context: EpisodeContext, lead: Lead) -> list[Trajectory]:
 async def take_turns(episode: "Episode") -> None:
     """The environment answers every turn of the policy, until it ends the episode or a limit does."""
     context, shown = episode.context, episode.shown
-    settings, renderer = context.settings, context.renderer
+    settings, dialect = context.settings, context.dialect
     max_turns = min(settings.max_turns or shown.max_turns, shown.max_turns)
     row = episode.begin_row(TokenRow(temperature=settings.temperature, prompt=shown.messages))
-    given = renderer.prompt(shown.messages, shown.tools)
+    given = dialect.prompt(shown.messages, shown.tools)
     for turn in count(1):
         if len(row.record) + len(given) >= settings.max_model_tokens:
             return await episode.finish(StopReason.TRUNCATED_TOKENS)
         row.record.append_given(given)
         completion, sample_s = await episode.sample(row, turn)
-        parsed = renderer.parse(completion.token_ids.tolist(), shown.tools)
+        parsed = dialect.parse(completion.token_ids.tolist(), shown.tools)
         row.take(completion, parsed.message, parse_status=parsed.status, sample_s=sample_s)
         if completion.finish_reason == "abort":
             episode.stop = StopReason.CANCELLED
@@ -104,7 +104,7 @@ async def take_turns(episode: "Episode") -> None:
         if turn >= max_turns:
             return await episode.finish(StopReason.TRUNCATED_TURNS)
         episode.where = "render"
-        given = renderer.reply(step.messages, shown.tools)
+        given = dialect.reply(step.messages, shown.tools)
     return None
 
 
@@ -191,8 +191,8 @@ class Episode:
                 sampling=SamplingSpec(
                     temperature=row.temperature,
                     max_tokens=most if max_tokens is None else min(most, max_tokens),
-                    stop_token_ids=context.renderer.stop_token_ids,
-                    banned_token_ids=context.renderer.banned_token_ids,
+                    stop_token_ids=context.dialect.stop_token_ids,
+                    banned_token_ids=context.dialect.banned_token_ids,
                     seed=seed,
                 ),
                 session_id=context.key if can.sessions else None,

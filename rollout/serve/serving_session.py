@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from envs.message import Message, ToolSpec
 from policy.engine.protocol import Completion, EngineError, UnsupportedRequest
-from rollout.dialects.dialect import ParsedTurn
+from rollout.dialects.parsed_turn import ParsedTurn
 from rollout.play.episode import DeadlinePassed, Episode
 from rollout.play.token_row import TokenRow
 from rollout.serve.chat_answer import ServedTurn
@@ -119,7 +119,7 @@ class ServedSession:
         """What the client is told of its task."""
         self._episode = episode
         self._settings = episode.context.settings
-        self._renderer = episode.context.renderer
+        self._dialect = episode.context.dialect
         self._threads: list[Thread] = []
         self._answers: dict[str, list[Answer]] = {}
         self._num_turns = 0
@@ -187,7 +187,7 @@ class ServedSession:
         if chat.must_call is None:
             return []
         try:
-            return self._renderer.call_opening(chat.must_call, chat.tools)
+            return self._dialect.call_opening(chat.must_call, chat.tools)
         except ValueError as error:
             raise ApiError(f"tool_choice: {error}; 'auto' is served", param="tool_choice") from None
 
@@ -199,9 +199,9 @@ class ServedSession:
         thread = max(fitting, key=lambda thread: thread.num_messages, default=None)
         try:
             if thread is not None and thread.row.temperature == temperature:
-                return thread, self._renderer.reply(chat.messages[thread.num_messages :], chat.tools)
-            given = self._renderer.prompt(chat.messages, chat.tools)
-        except ValueError as error:  # a renderer's own words about what it cannot write
+                return thread, self._dialect.reply(chat.messages[thread.num_messages :], chat.tools)
+            given = self._dialect.prompt(chat.messages, chat.tools)
+        except ValueError as error:  # a dialect's own words about what it cannot write
             raise ApiError(f"these messages cannot be rendered: {error}", param="messages") from None
         if len(self._threads) >= MAX_ROWS:
             raise ApiError(f"the session has {MAX_ROWS} token rows already: the history was rewritten too often")
@@ -268,7 +268,7 @@ class ServedSession:
 
     def _spoken(self, ids: list[int], turn: int, tools: Sequence[ToolSpec]) -> Message:
         """The ids of a turn as a message: calls get ids of their own, ill-formed ones become text."""
-        parsed: ParsedTurn = self._renderer.parse(ids, tools)
+        parsed: ParsedTurn = self._dialect.parse(ids, tools)
         message = parsed.message
         if parsed.status == "malformed" or (message.tool_calls and not tools):
             return Message.assistant(self._plain_text(ids))
@@ -277,9 +277,9 @@ class ServedSession:
 
     def _plain_text(self, ids: list[int]) -> str:
         """Ids up to the stop token, control tokens spelled out."""
-        names = {i: name for name, i in self._renderer.tokenizer.control_ids.items()}
-        runs = groupby(takewhile(lambda i: i not in self._renderer.stop_token_ids, ids), key=names.get)
-        return "".join(name * len(list(run)) if name else self._renderer.tokenizer.decode(run) for name, run in runs)
+        names = {i: name for name, i in self._dialect.tokenizer.control_ids.items()}
+        runs = groupby(takewhile(lambda i: i not in self._dialect.stop_token_ids, ids), key=names.get)
+        return "".join(name * len(list(run)) if name else self._dialect.tokenizer.decode(run) for name, run in runs)
 
 
 def _tools_text(tools: Sequence[ToolSpec]) -> str:

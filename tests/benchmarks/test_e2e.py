@@ -15,7 +15,7 @@ from envs.base import AgentEnv, call, say
 from envs.message import Message, ToolCall, ToolResult
 from policy.model.tokenizer import HfTokenizer
 from rl.loop.preflight import check_parts
-from rollout.dialects.template_dialect import TemplateRenderer
+from rollout.dialects.template_dialect import TemplateDialect
 
 TOOL = SharedTask(name="tool", env="SumTool", max_new_tokens=220, trl_steps=5, shoal_steps=24)
 
@@ -31,21 +31,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_episodes_have_the_tokens_of_the_warm_start(checkpoint: Path) -> None:
     tokenizer = HfTokenizer.load(checkpoint)
-    renderer = TemplateRenderer(tokenizer, end_ids=tokenizer.end_ids(checkpoint))
+    dialect = TemplateDialect(tokenizer, end_ids=tokenizer.end_ids(checkpoint))
     env = SumTool(latency=0.0)
     for seed in range(20):
         opening, info = env.reset(seed=seed)
         problem = shared.problem("tool", random.Random(f"{seed}/0"))
         assert problem == {"prompt": opening[0].text, "answer": env.right_answer}
         first, *rest = (int(word) for word in problem["prompt"].split()[1:])
-        ids = renderer.prompt(opening, info["tools"])
+        ids = dialect.prompt(opening, info["tools"])
         total = first
         for number in rest:
-            ids += renderer.completion(call("add", a=total, b=number), info["tools"])
+            ids += dialect.completion(call("add", a=total, b=number), info["tools"])
             total += number
             result = ToolResult(call_id="0", name="add", content=str(total))
-            ids += renderer.reply([Message.tool(result)], info["tools"])
-        ids += renderer.completion(say(str(total)), info["tools"])
+            ids += dialect.reply([Message.tool(result)], info["tools"])
+        ids += dialect.completion(say(str(total)), info["tools"])
         pieces = [tokenizer.hf(text, add_special_tokens=False)["input_ids"] for _, text in shared.demo(problem)]
         assert ids == [i for piece in pieces for i in piece]
 

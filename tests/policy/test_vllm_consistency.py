@@ -19,7 +19,7 @@ from policy.model.logprobs import token_logprobs
 from policy.sync.snapshot import PolicySnapshot
 from policy.vllm.engine import VllmEngine
 from policy.vllm.packages import vllm_build
-from rollout.dialects.dialect import make_renderer
+from rollout.dialects.dialect import make_dialect
 from rollout.record.token_record import TokenRecord
 from tests.policy.engine_cases import needs_vllm
 from tests.policy.test_engine_contract import in_loop
@@ -59,14 +59,14 @@ def long_babble(episode: int) -> Talk:
 
 def sums(episode: int) -> Talk:
     """A problem of the calculator; the tool answers each turn."""
-    renderer, env = make_renderer(PolicyConfig()), make_env("Calculator-v0")
+    dialect, env = make_dialect(PolicyConfig()), make_env("Calculator-v0")
     shown = demonstrate(env, episode, 0)
     first = next(i for i, message in enumerate(shown.messages) if message.role == "assistant")
     result = next(message for message in shown.messages if message.role == "tool")
-    reply = renderer.reply([result], shown.tools)
-    stop, banned = renderer.stop_token_ids, renderer.banned_token_ids
+    reply = dialect.reply([result], shown.tools)
+    stop, banned = dialect.stop_token_ids, dialect.banned_token_ids
     spec = SamplingSpec(max_tokens=40, stop_token_ids=stop, banned_token_ids=banned)
-    return [renderer.prompt(shown.messages[:first], shown.tools), reply, reply], spec
+    return [dialect.prompt(shown.messages[:first], shown.tools), reply, reply], spec
 
 
 async def episodes(

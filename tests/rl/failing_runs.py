@@ -10,7 +10,7 @@ from conf.schema import TrainConfig
 from envs.outcome import EnvHost
 from rl.cli.main import main
 from rl.runs.run_folder import RunFolder
-from rollout.dialects.dialect import make_renderer
+from rollout.dialects.dialect import make_dialect
 from rollout.record.recorder import StoredTrajectory, TrajectoryReader
 from rollout.worker import RolloutWorker
 from tests.fakes import Script, ScriptedEngine
@@ -28,8 +28,8 @@ def playing(script: Script) -> Any:
 
 
 def with_engine(engine: Any, config: TrainConfig, name: str, host: EnvHost) -> RolloutWorker:
-    renderer = make_renderer(config.policy)
-    return RolloutWorker(name, engine=engine, renderer=renderer, host=host, config=config.rollout, seed=config.seed)
+    dialect = make_dialect(config.policy)
+    return RolloutWorker(name, engine=engine, dialect=dialect, host=host, config=config.rollout, seed=config.seed)
 
 
 def one_env(name: str, **kwargs: object) -> list[str]:

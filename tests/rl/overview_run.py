@@ -19,7 +19,7 @@ from envs.outcome import EnvHost
 from envs.registry import make_env
 from policy.engine.protocol import Completion, EngineStats, GenerationRequest
 from rl.cluster.protocol import LearnerClient
-from rollout.dialects.dialect import make_renderer
+from rollout.dialects.dialect import make_dialect
 from rollout.record.lineage import STATE_AFTER
 from rollout.record.trajectory import TrajectoryGroup
 from rollout.schedule.lease import Lease, NotReady
@@ -74,8 +74,8 @@ class _Worker(RolloutWorker):
 
 
 def _build(config: TrainConfig, name: str, host: EnvHost) -> RolloutWorker:
-    engine, renderer = _Engine(asyncio.get_running_loop()), make_renderer(config.policy)
-    return _Worker(name, engine=engine, renderer=renderer, host=host, config=config.rollout, seed=config.seed)
+    engine, dialect = _Engine(asyncio.get_running_loop()), make_dialect(config.policy)
+    return _Worker(name, engine=engine, dialect=dialect, host=host, config=config.rollout, seed=config.seed)
 
 
 class _SlowLearner:

@@ -11,7 +11,7 @@ from envs.task import Task
 from policy.engine.protocol import Completion, GenerationRequest
 from rl.cluster.inprocess import build_pool
 from rl.cluster.learner_service import InProcessLearner
-from rollout.dialects.dialect import make_renderer
+from rollout.dialects.dialect import make_dialect
 from rollout.play.context import EpisodeContext, EpisodeSettings
 from rollout.play.swap_lock import RolloutLock
 from rollout.record.trajectory import Trajectory
@@ -56,7 +56,7 @@ def serve_one(
                     group_id="serve/0",
                     host=build_pool(config),
                     engine=engine,
-                    renderer=make_renderer(config.policy),
+                    dialect=make_dialect(config.policy),
                     settings=settings,
                     lock=RolloutLock("turn"),
                 ),

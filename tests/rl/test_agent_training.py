@@ -17,7 +17,7 @@ from policy.engine.local_engine import LocalEngine
 from policy.engine.protocol import Completion, GenerationRequest
 from policy.model.hf_model import load_policy_model
 from rl.runs.run_folder import RunFolder
-from rollout.dialects.dialect import make_renderer
+from rollout.dialects.dialect import make_dialect
 from rollout.record.recorder import TrajectoryReader
 from rollout.record.trajectory import Trajectory
 from rollout.serve.agent_process import AgentCrew
@@ -88,7 +88,7 @@ def train_with(config: TrainConfig) -> tuple[list[Trajectory], list[Completion]]
         return RolloutWorker(
             name,
             engine=engine,
-            renderer=make_renderer(config.policy),
+            dialect=make_dialect(config.policy),
             host=host,
             config=config.rollout,
             seed=config.seed,

@@ -24,7 +24,7 @@ from rl.cli.main import main
 from rl.loop.tasks import evaluation_levels, task_entries
 from rl.runs.checkpoint import load_latest
 from rl.train import catch_up
-from rollout.dialects.dialect import make_renderer
+from rollout.dialects.dialect import make_dialect
 from rollout.record.ledger import Ledger, read_audit
 from rollout.record.trajectory import StopReason
 from rollout.schedule.scheduler import outcome_of
@@ -54,7 +54,7 @@ def wrong_worker(config: TrainConfig, name: str, host: EnvHost) -> RolloutWorker
     return RolloutWorker(
         name,
         engine=ScriptedEngine(always_wrong),
-        renderer=make_renderer(config.policy),
+        dialect=make_dialect(config.policy),
         host=host,
         config=config.rollout,
         seed=config.seed,

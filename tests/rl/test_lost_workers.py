@@ -19,7 +19,7 @@ from policy.engine.protocol import Completion, EngineClosed, EngineStats, Genera
 from policy.sync.snapshot import PolicySnapshot, WeightSyncError
 from rl.cluster.inprocess import build_pool
 from rl.loop.evaluate import evaluate
-from rollout.dialects.dialect import make_renderer
+from rollout.dialects.dialect import make_dialect
 from rollout.record.trajectory import Trajectory, TrajectoryGroup
 from rollout.schedule.fleet import MAX_RESTARTS, Fleet, FleetError, WorkerState
 from rollout.schedule.lease import Lease, NotReady, WorkerLost, WorkerStatus
@@ -199,8 +199,8 @@ class LostOnce(RolloutWorker):
 
 def test_a_run_outlives_a_worker_that_dies_in_the_first_evaluation(tmp_path: Path) -> None:
     def build(config: TrainConfig, name: str, host: EnvHost) -> RolloutWorker:
-        engine, renderer = ScriptedEngine(sometimes_right), make_renderer(config.policy)
-        return LostOnce(name, engine=engine, renderer=renderer, host=host, config=config.rollout, seed=config.seed)
+        engine, dialect = ScriptedEngine(sometimes_right), make_dialect(config.policy)
+        return LostOnce(name, engine=engine, dialect=dialect, host=host, config=config.rollout, seed=config.seed)
 
     config = small_config(
         tmp_path, "steps=2", "learner.self_check_tolerance=1e9", "monitor.alerts.mismatch_kl=0"
@@ -230,7 +230,7 @@ def test_what_was_played_while_an_engine_died_is_no_group_and_no_sign_of_life(tm
     async def scene() -> None:
         engine, host = DyingEngine(sometimes_right), build_pool(config)
         worker = RolloutWorker(
-            "w", engine=engine, renderer=make_renderer(config.policy), host=host, config=config.rollout, seed=0
+            "w", engine=engine, dialect=make_dialect(config.policy), host=host, config=config.rollout, seed=0
         )
         await worker.load_weights(PolicySnapshot.create(0, {"a": np.zeros(1, np.float32)}))
         assert (await worker.status()).policy_version == 0

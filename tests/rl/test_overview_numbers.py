@@ -23,7 +23,7 @@ from rl.dashboard.server import Dashboard, Stop
 from rl.loop.step_time import PARTS
 from rl.runs.checkpoint import read_checkpoint
 from rl.runs.run_folder import RunFolder
-from rollout.dialects.dialect import make_renderer
+from rollout.dialects.dialect import make_dialect
 from tests.docs.documentation import DOCS, table_names
 from tests.rl.overview_run import HEARTBEAT_S, LEARNER_S, SAVE_S, SNAPSHOT_S, TRAIN_S, Stored, scripted_run
 from tests.rl.training import small_config, train_in_process
@@ -112,7 +112,7 @@ def _from_weights(stored: Stored, step: int) -> dict[str, float]:
     checkpoint = read_checkpoint(next(stored.folder.glob(f"checkpoints/*{step - 1:d}")))
     model = HybridModel(PRESETS[stored.config.policy.preset].override(stored.config.policy.overrides))
     load_numpy_tensors(model, checkpoint.tensors["weights"])
-    banned = list(make_renderer(stored.config.policy).banned_token_ids)
+    banned = list(make_dialect(stored.config.policy).banned_token_ids)
     taken, entropies = [], []
     for row in _taught(stored, step):
         ids = torch.from_numpy(np.frombuffer(row["token_ids"], "<i4").astype(np.int64))

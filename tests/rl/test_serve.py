@@ -12,7 +12,7 @@ import pytest
 from conf.loading import load_config
 from rl.cluster.inprocess import build_pool
 from rl.serving import Counter
-from rollout.dialects.dialect import make_renderer
+from rollout.dialects.dialect import make_dialect
 from rollout.record.recorder import Recorder
 from rollout.record.trajectory import StopReason
 from rollout.serve.agent_desk import AgentDesk
@@ -83,7 +83,7 @@ def test_of_a_served_mix_sessions_get_a_task_of_each_environment_in_turn(tmp_pat
                 desk=AgentDesk(),
                 host=build_pool(config),
                 engine=ScriptedEngine(lambda prompt_ids, rng: [1]),
-                renderer=make_renderer(config.policy),
+                dialect=make_dialect(config.policy),
                 recorder=recorder,
                 deadline_s=30.0,
             )

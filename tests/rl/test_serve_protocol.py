@@ -17,7 +17,7 @@ from policy.vllm.core import VllmCore
 from rl.cli.serve_command import _untrained
 from rl.cluster.inprocess import build_pool
 from rl.serving import Counter
-from rollout.dialects.dialect import make_renderer
+from rollout.dialects.dialect import make_dialect
 from rollout.record.recorder import Recorder
 from rollout.serve.agent_desk import AgentDesk
 from rollout.serve.chat_request import ApiError, read_chat
@@ -127,7 +127,7 @@ def test_a_program_that_names_no_session_is_served_and_each_conversation_recorde
     async def run() -> int:
         config = load_config(["env=calculator", "cluster=inprocess"])
         with closing(Recorder(tmp_path / "trajectories.db")) as recorder:
-            desk, stop = AgentDesk(), make_renderer(config.policy).stop_token_ids[0]
+            desk, stop = AgentDesk(), make_dialect(config.policy).stop_token_ids[0]
             engine = ScriptedEngine(lambda prompt_ids, rng: [65, 66, stop])
             await engine.load_weights(PolicySnapshot.create(0, {}))
             counter = Counter(
@@ -135,7 +135,7 @@ def test_a_program_that_names_no_session_is_served_and_each_conversation_recorde
                 desk=desk,
                 host=build_pool(config),
                 engine=engine,
-                renderer=make_renderer(config.policy),
+                dialect=make_dialect(config.policy),
                 recorder=recorder,
                 deadline_s=60.0,
             )

@@ -22,7 +22,7 @@ from policy.model.checkpoint_io import load_numpy_tensors, to_numpy_tensors
 from policy.model.hf_model import load_policy_model
 from rl.loop.tasks import task_entries
 from rl.sft import demonstrate_tasks, demonstration_row, main, save_warm_start, supervised_fine_tune, training_tasks
-from rollout.dialects.tiny_dialect import TinyRenderer
+from rollout.dialects.tiny_dialect import TinyDialect
 from tests.rollout.trajectories import tiny_model
 
 SMALL = {
@@ -46,7 +46,7 @@ def calculator_tasks(count: int) -> list[Task]:
 
 
 def test_a_row_grows_like_an_episode_and_learns_only_what_the_assistant_says() -> None:
-    renderer = TinyRenderer()
+    dialect = TinyDialect()
     parameters = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}}
     tools = (ToolSpec(name="add", description="", parameters=parameters),)
     result = Message.tool(ToolResult(call_id="0", name="add", content="5"))
@@ -55,8 +55,8 @@ def test_a_row_grows_like_an_episode_and_learns_only_what_the_assistant_says() -
         tools=tools,
         reward=1.0,
     )
-    row = demonstration_row(demonstration, renderer)
-    special = renderer.tokenizer.special_id
+    row = demonstration_row(demonstration, dialect)
+    special = dialect.tokenizer.special_id
     prompt = [special("<user>"), *b"2+3=?", special("<assistant>")]
     completion = [special("<call>"), *b"add", special("<arg>"), *b"2", special("<arg>"), *b"3", special("<end>")]
     reply = [special("<result>"), *b"5", special("<assistant>")]
@@ -72,7 +72,7 @@ def test_without_noise_every_demonstration_is_right_and_with_noise_some_are_not(
     assert {d.reward for d in noisy} == {0.0, 1.0}
     again = demonstrate_tasks(tasks, noise_from_level=0)
     for one, other in zip(noisy, again, strict=True):
-        ids = [demonstration_row(d, TinyRenderer()).token_ids.tolist() for d in (one, other)]
+        ids = [demonstration_row(d, TinyDialect()).token_ids.tolist() for d in (one, other)]
         assert ids[0] == ids[1]
 
 
@@ -85,7 +85,7 @@ def test_levels_below_the_noise_are_demonstrated_without_a_mistake() -> None:
 
 def test_training_lowers_the_loss_and_is_the_same_bits_for_a_seed() -> None:
     tasks = calculator_tasks(32)
-    rows = [demonstration_row(d, TinyRenderer()) for d in demonstrate_tasks(tasks, noise_from_level=10)]
+    rows = [demonstration_row(d, TinyDialect()) for d in demonstrate_tasks(tasks, noise_from_level=10)]
     config = SftConfig(steps=12, batch_size=8, lr=2e-2, warmup_steps=2)
     weights = []
     for seed in (1, 1, 2):
@@ -98,7 +98,7 @@ def test_training_lowers_the_loss_and_is_the_same_bits_for_a_seed() -> None:
 
 
 def test_the_loss_does_not_depend_on_the_size_of_a_forward() -> None:
-    rows = [demonstration_row(d, TinyRenderer()) for d in demonstrate_tasks(calculator_tasks(8), noise_from_level=0)]
+    rows = [demonstration_row(d, TinyDialect()) for d in demonstrate_tasks(calculator_tasks(8), noise_from_level=0)]
     config = SftConfig(steps=1, batch_size=8)
     losses = [
         supervised_fine_tune(load_policy_model(CONFIG.policy, seed=0), rows, config, seed=1, max_tokens=n)[0]

@@ -23,7 +23,7 @@ from rl.loop.controller import Controller, Progress
 from rl.loop.tasks import task_entries
 from rl.monitor.monitor import Monitor
 from rl.runs.run_folder import RunFolder
-from rollout.dialects.dialect import make_renderer
+from rollout.dialects.dialect import make_dialect
 from rollout.play.context import EpisodeContext, EpisodeSettings
 from rollout.play.group import run_group
 from rollout.play.swap_lock import RolloutLock
@@ -73,7 +73,7 @@ def scripted_worker(config: TrainConfig, name: str, host: EnvHost) -> RolloutWor
     return RolloutWorker(
         name,
         engine=ScriptedEngine(sometimes_right),
-        renderer=make_renderer(config.policy),
+        dialect=make_dialect(config.policy),
         host=host,
         config=config.rollout,
         seed=config.seed,
@@ -152,7 +152,7 @@ def train_plainly(config: TrainConfig, make_engine: Callable[[], Engine]) -> dic
 
     async def run() -> dict[str, np.ndarray]:
         host, learner, engine = build_pool(config), build_learner(config), make_engine()
-        renderer, entries = make_renderer(config.policy), task_entries(config)
+        dialect, entries = make_dialect(config.policy), task_entries(config)
         held_out = await held_out_tasks(entries, host, count=4, seed=config.evaluation.seed)
         source = TaskSource(entries, host, seed=config.seed, held_out=frozenset(held_out))
         settings = EpisodeSettings(
@@ -175,7 +175,7 @@ def train_plainly(config: TrainConfig, make_engine: Callable[[], Engine]) -> dic
                             group_id=task.task_id,
                             host=host,
                             engine=engine,
-                            renderer=renderer,
+                            dialect=dialect,
                             settings=settings,
                             lock=RolloutLock("none"),
                         ),

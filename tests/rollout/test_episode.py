@@ -14,8 +14,9 @@ from envs.message import ImagePart, Message
 from envs.outcome import EnvFailure
 from policy.engine.protocol import Completion, EngineError, GenerationRequest
 from policy.sync.snapshot import PolicySnapshot
-from rollout.dialects.dialect import ParsedTurn, Renderer
-from rollout.dialects.tiny_dialect import TinyRenderer
+from rollout.dialects.dialect import Dialect
+from rollout.dialects.parsed_turn import ParsedTurn
+from rollout.dialects.tiny_dialect import TinyDialect
 from rollout.play.context import EpisodeContext, EpisodeSettings
 from rollout.play.episode import run_episode
 from rollout.play.swap_lock import RolloutLock
@@ -23,7 +24,7 @@ from rollout.record.trajectory import StopReason, Trajectory
 from tests.fakes import FakeClock, ScriptedEngine
 from tests.rollout.fakes_episode import TASK, ScriptedHost, forever, tool_message
 
-TINY = TinyRenderer()
+TINY = TinyDialect()
 SETTINGS = EpisodeSettings(
     temperature=1.0, max_turn_tokens=16, max_turns=0, max_model_tokens=256, deadline_s=10.0, seed=1
 )
@@ -51,7 +52,7 @@ class Engine(ScriptedEngine):
 
 
 def play(host: ScriptedHost, engine: ScriptedEngine, **changes: Any) -> Trajectory:
-    arguments: dict[str, Any] = {"renderer": TINY, "settings": SETTINGS, "lock": RolloutLock("turn")}
+    arguments: dict[str, Any] = {"dialect": TINY, "settings": SETTINGS, "lock": RolloutLock("turn")}
     arguments |= {"task": TASK, "member": 0, "group_id": "g"} | changes
     return asyncio.run(run_episode(EpisodeContext(host=host, engine=engine, **arguments)))
 
@@ -72,7 +73,7 @@ def test_a_two_turn_episode_is_recorded_token_by_token() -> None:
     assert row.routed_experts is None and row.error is None
 
 
-class HostileRenderer:
+class HostileDialect:
     """A tokenizer that spells "ab" in two ways, drops case, and merges over the seams of messages.
 
     Ids 0..25 are the letters, 26..51 the same letters again, 52 = "ab", 53 = "ba", 60 = stop. Text is joined before it
@@ -107,7 +108,7 @@ class HostileRenderer:
         return ParsedTurn.of(self.decode(token_ids), [])
 
 
-HOSTILE: Renderer = HostileRenderer()
+HOSTILE: Dialect = HostileDialect()
 LETTERS = st.text("abc", min_size=1, max_size=6)
 COMPLETION = st.builds(
     lambda ids, stop: [*ids, stop], st.lists(st.integers(0, 53), max_size=8), st.sampled_from([60, 61])
@@ -122,7 +123,7 @@ def test_with_a_hostile_tokenizer_the_row_is_exactly_what_the_engine_saw_and_sai
     engine = Engine(*completions)
     host = ScriptedHost(turns=len(completions), prompt=(Message.user(prompt),))
     limits = replace(SETTINGS, max_turn_tokens=6, max_model_tokens=max_model_tokens)
-    row = play(host, engine, renderer=HOSTILE, settings=limits)
+    row = play(host, engine, dialect=HOSTILE, settings=limits)
 
     seen = [request.prompt_ids.tolist() for request in engine.requests]
     assert len(seen) == row.num_turns
@@ -144,8 +145,8 @@ def test_with_a_hostile_tokenizer_the_row_is_exactly_what_the_engine_saw_and_sai
 
 
 def test_the_hostile_tokenizer_is_hostile() -> None:
-    row = play(ScriptedHost(turns=2, prompt=(Message.user("a"),)), Engine([1, 60], [26, 60]), renderer=HOSTILE)
-    assert HostileRenderer().encode(HostileRenderer().decode(row.token_ids.tolist())) != row.token_ids.tolist()
+    row = play(ScriptedHost(turns=2, prompt=(Message.user("a"),)), Engine([1, 60], [26, 60]), dialect=HOSTILE)
+    assert HostileDialect().encode(HostileDialect().decode(row.token_ids.tolist())) != row.token_ids.tolist()
 
 
 def test_a_turn_that_reaches_its_token_limit_ends_the_episode_and_is_scored_as_it_stands() -> None:
@@ -322,7 +323,7 @@ def test_cancellation_closes_everything_and_is_raised() -> None:
                     group_id="g",
                     host=host,
                     engine=engine,
-                    renderer=TINY,
+                    dialect=TINY,
                     settings=SETTINGS,
                     lock=RolloutLock("turn"),
                 )

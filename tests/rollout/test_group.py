@@ -8,7 +8,7 @@ import pytest
 from envs.outcome import EnvFailure
 from policy.engine.protocol import EngineError, GenerationRequest
 from policy.sync.snapshot import PolicySnapshot
-from rollout.dialects.tiny_dialect import TinyRenderer
+from rollout.dialects.tiny_dialect import TinyDialect
 from rollout.play.context import EpisodeContext, EpisodeSettings
 from rollout.play.group import run_group
 from rollout.play.swap_lock import RolloutLock
@@ -16,7 +16,7 @@ from rollout.record.trajectory import StopReason, TrajectoryGroup
 from tests.fakes import ScriptedEngine
 from tests.rollout.fakes_episode import TASK, ScriptedHost, forever
 
-TINY = TinyRenderer()
+TINY = TinyDialect()
 END = TINY.tokenizer.special_id("<end>")
 SETTINGS = EpisodeSettings(
     temperature=1.0, max_turn_tokens=16, max_turns=0, max_model_tokens=64, deadline_s=10.0, seed=1
@@ -33,7 +33,7 @@ async def play(host: ScriptedHost, engine: ScriptedEngine | None = None, **chang
     arguments: dict[str, Any] = {"settings": SETTINGS, "lock": RolloutLock("turn"), "group_size": 4} | changes
     engine = engine or await loaded_engine()
     group = {name: arguments.pop(name) for name in ("group_size", "max_retries") if name in arguments}
-    context = EpisodeContext(task=TASK, group_id="g", host=host, engine=engine, renderer=TINY, attempt=7, **arguments)
+    context = EpisodeContext(task=TASK, group_id="g", host=host, engine=engine, dialect=TINY, attempt=7, **arguments)
     return await run_group(context, **group)
 
 

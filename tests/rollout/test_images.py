@@ -23,9 +23,9 @@ from policy.model.tokenizer import HfTokenizer
 from policy.sync.snapshot import PolicySnapshot
 from rl.cli.main import main
 from rl.runs.transcript import message_text
-from rollout.dialects.dialect import Renderer, sees_images
-from rollout.dialects.qwen_dialect import IMAGE_MARKS, QwenRenderer
-from rollout.dialects.tiny_dialect import TinyRenderer
+from rollout.dialects.dialect import Dialect, sees_images
+from rollout.dialects.qwen_dialect import IMAGE_MARKS, QwenDialect
+from rollout.dialects.tiny_dialect import TinyDialect
 from rollout.play.context import EpisodeContext, EpisodeSettings
 from rollout.play.episode import run_episode
 from rollout.play.swap_lock import RolloutLock
@@ -80,15 +80,15 @@ def mailbox_host() -> MailboxHost:
     return MailboxHost([Mailbox(client_id="w", submit=submit, collect=collect)])
 
 
-def play(played: Task, renderer: Renderer, says: list[Message], member: int = 0) -> Trajectory:
+def play(played: Task, dialect: Dialect, says: list[Message], member: int = 0) -> Trajectory:
     """One episode in which the policy says `says`."""
 
     async def episode() -> Trajectory:
         host = mailbox_host()
         left = iter(says)
         engine = ScriptedEngine(
-            lambda ids, rng: renderer.completion(next(left), env_tools),
-            vocab_size=renderer.vocab_size,
+            lambda ids, rng: dialect.completion(next(left), env_tools),
+            vocab_size=dialect.vocab_size,
             max_model_tokens=20_000,
         )
         await engine.load_weights(PolicySnapshot.create(0, {}))
@@ -100,7 +100,7 @@ def play(played: Task, renderer: Renderer, says: list[Message], member: int = 0)
                     group_id=played.task_id,
                     host=host,
                     engine=engine,
-                    renderer=renderer,
+                    dialect=dialect,
                     settings=SETTINGS,
                     lock=RolloutLock("turn"),
                 )
@@ -129,8 +129,8 @@ def stored(path: Path, *trajectories: Trajectory) -> sqlite3.Connection:
 def test_an_episode_of_click_ui_is_stored_with_the_images_that_the_environment_drew(tmp_path: Path) -> None:
     drawn = demonstrate(make_env("ClickUI-v0"), seed=11, level=6)
     spoken = [message for message in drawn.messages if message.role == "assistant"]
-    renderer = QwenRenderer(tokenizer(), accepts_images=True)
-    rows = [play(task("ClickUI-v0", 6), renderer, spoken, member) for member in (0, 1)]
+    dialect = QwenDialect(tokenizer(), accepts_images=True)
+    rows = [play(task("ClickUI-v0", 6), dialect, spoken, member) for member in (0, 1)]
     assert [(row.stop_reason, row.reward) for row in rows] == [(StopReason.TERMINATED, 1.0)] * 2
     expected = images_of(drawn.messages)
     assert len(expected) > 5 and all(data.startswith(b"\x89PNG") for data in expected)
@@ -142,7 +142,7 @@ def test_an_episode_of_click_ui_is_stored_with_the_images_that_the_environment_d
     for row in (*group.trajectories, single):
         assert [image.data for image in row.images] == expected
         assert (row.prompt, row.turns) == (rows[0].prompt, rows[row.member].turns)
-        pads = row.token_ids == renderer.tokenizer.special_id("<|image_pad|>")
+        pads = row.token_ids == dialect.tokenizer.special_id("<|image_pad|>")
         assert pads.sum() == len(row.images)
         assert not row.loss_mask[pads].any()
     # once each, whatever the number of members and of frames that repeat
@@ -152,38 +152,38 @@ def test_an_episode_of_click_ui_is_stored_with_the_images_that_the_environment_d
 
 
 def test_placeholders_stand_where_the_images_do() -> None:
-    renderer = QwenRenderer(tokenizer(), accepts_images=True)
+    dialect = QwenDialect(tokenizer(), accepts_images=True)
 
     def shown(ids: list[int]) -> str:
-        return renderer.tokenizer.decode(ids)
+        return dialect.tokenizer.decode(ids)
 
     user = Message(role="user", content=(TextPart(text=" a "), RED, TextPart(text="b"), BLUE))
-    assert shown(renderer.prompt([user], [])).startswith(
+    assert shown(dialect.prompt([user], [])).startswith(
         f"<|im_start|>user\na {PLACEHOLDER}b{PLACEHOLDER}<|im_end|>\n<|im_start|>assistant\n"
     )
     result = Message.tool(ToolResult(call_id="0", name="look", content=""), (RED,))
-    assert f"<tool_response>\n{PLACEHOLDER}\n</tool_response>" in shown(renderer.reply([result, result], []))
-    ids = renderer.prompt([Message(role="user", content=(TextPart(text=PLACEHOLDER), RED))], [])
+    assert f"<tool_response>\n{PLACEHOLDER}\n</tool_response>" in shown(dialect.reply([result, result], []))
+    ids = dialect.prompt([Message(role="user", content=(TextPart(text=PLACEHOLDER), RED))], [])
     for mark in IMAGE_MARKS:  # spelled out in a text it stays text
-        assert ids.count(renderer.tokenizer.special_id(mark)) == 1
-        assert renderer.tokenizer.special_id(mark) in renderer.banned_token_ids
+        assert ids.count(dialect.tokenizer.special_id(mark)) == 1
+        assert dialect.tokenizer.special_id(mark) in dialect.banned_token_ids
     with pytest.raises(ValueError, match="no image in a system message"):
-        renderer.prompt([Message(role="system", content=(RED,))], [])
+        dialect.prompt([Message(role="system", content=(RED,))], [])
 
 
 def test_text_only_dialects_refuse_images_and_tokenizers_without_the_marks_are_refused() -> None:
     user = Message(role="user", content=(RED,))
-    for renderer in (TinyRenderer(), QwenRenderer(tokenizer())):
-        assert not renderer.accepts_images
+    for dialect in (TinyDialect(), QwenDialect(tokenizer())):
+        assert not dialect.accepts_images
         with pytest.raises(ValueError, match="renders text only, but a user message holds an image"):
-            renderer.prompt([user], [])
+            dialect.prompt([user], [])
     with pytest.raises(ValueError, match="vision_start"):
-        QwenRenderer(HfTokenizer(chatml_tokenizer()), accepts_images=True)
+        QwenDialect(HfTokenizer(chatml_tokenizer()), accepts_images=True)
     assert not any(sees_images(PolicyConfig(dialect=dialect)) for dialect in ("tiny", "qwen3_5", "chat_template"))
 
 
 def test_an_image_in_the_middle_of_a_text_only_episode_is_a_recorded_failure(tmp_path: Path) -> None:
-    row = play(task(f"{__name__}:UnannouncedImage", 0), TinyRenderer(), [call("look")])
+    row = play(task(f"{__name__}:UnannouncedImage", 0), TinyDialect(), [call("look")])
     assert row.error is not None
     assert (row.stop_reason, row.reward, row.error.kind, row.error.where) == (
         StopReason.ENV_ERROR,
@@ -222,7 +222,7 @@ def test_people_read_size_and_hash_of_an_image() -> None:
 
 
 def test_a_file_of_layout_1_is_read_and_continued(tmp_path: Path) -> None:
-    row = play(task(f"{__name__}:UnannouncedImage", 0), TinyRenderer(), [call("look")])
+    row = play(task(f"{__name__}:UnannouncedImage", 0), TinyDialect(), [call("look")])
     db = stored(tmp_path / "t.db", row)
     inline = f'"image":"{base64.b64encode(RED.data).decode()}"'  # what layout 1 wrote
     (turns,) = db.execute("SELECT turns FROM trajectories").fetchone()
@@ -242,7 +242,7 @@ def test_a_file_of_layout_1_is_read_and_continued(tmp_path: Path) -> None:
 
 
 def test_a_lost_image_is_named(tmp_path: Path) -> None:
-    row = play(task(f"{__name__}:UnannouncedImage", 0), TinyRenderer(), [call("look")])
+    row = play(task(f"{__name__}:UnannouncedImage", 0), TinyDialect(), [call("look")])
     with stored(tmp_path / "t.db", row) as db:
         db.execute("DELETE FROM images")
     with TrajectoryReader(tmp_path / "t.db") as reader, pytest.raises(LookupError, match="lacks image"):

@@ -30,7 +30,7 @@ from rl.cluster.learner_service import build_learner
 from rl.loop.preflight import check_parts
 from rl.loop.tasks import task_entries
 from rl.monitor.progress import plain_console
-from rollout.dialects.dialect import make_renderer
+from rollout.dialects.dialect import make_dialect
 from rollout.record.token_record import TokenRecord
 from rollout.record.trajectory import Trajectory
 from rollout.worker import build_engine, build_worker
@@ -158,12 +158,12 @@ async def sample_after_a_shared_text(
     """
     longest = max(LONG_TOKENS, config.engine.max_model_tokens)
     engine = build_engine(replace(config, engine=replace(config.engine, max_model_tokens=longest)))
-    renderer = make_renderer(config.policy)
+    dialect = make_dialect(config.policy)
     spec = SamplingSpec(
         temperature=config.rollout.temperature,
         max_tokens=config.rollout.max_turn_tokens,
-        stop_token_ids=renderer.stop_token_ids,
-        banned_token_ids=renderer.banned_token_ids,
+        stop_token_ids=dialect.stop_token_ids,
+        banned_token_ids=dialect.banned_token_ids,
     )
     prompts = [t.token_ids[: int(t.loss_mask.argmax())] for t in played]
     room = longest - config.rollout.max_turn_tokens - max(map(len, prompts))

@@ -1,4 +1,4 @@
-"""`shoal env check`: the checker's probes, one more that needs a renderer, and the report for people and as JSON."""
+"""`shoal env check`: the checker's probes, one more that needs a dialect, and the report for people and as JSON."""
 
 import json
 import shlex
@@ -16,7 +16,7 @@ from envs.message import ImagePart, Message, ToolCall, ToolSpec
 from policy.model.tokenizer import ByteTokenizer
 from rl.monitor.progress import plain_console, visible
 from rl.runs.transcript import message_text
-from rollout.dialects.tiny_dialect import ROLE_MARKS, TinyRenderer
+from rollout.dialects.tiny_dialect import ROLE_MARKS, TinyDialect
 
 CONTROL_MARKS = (
     *ROLE_MARKS.values(),
@@ -35,7 +35,7 @@ _SHOWN_MESSAGES = 20
 
 async def control_text(subject: Subject) -> Failure | None:
     """Every mark as an answer and in every argument; what comes back must be user or tool text that can be rendered."""
-    renderer = TinyRenderer()
+    dialect = TinyDialect()
     for seed, level in subject.sampled_tasks[:: len(subject.seeds[:5])]:
         start = (await subject.oracle_episode(seed, level)).start
         for message in _marked(start.tools if start else ()):
@@ -43,7 +43,7 @@ async def control_text(subject: Subject) -> Failure | None:
             try:
                 await subject.reset(env, seed, level)
                 replies, _ = await subject.step(env, message)
-                wrong = _wrong(message, replies, renderer)
+                wrong = _wrong(message, replies, dialect)
             except Hung:
                 raise
             except Exception:  # the author's code: `malformed` tells of it
@@ -68,14 +68,14 @@ def _marked(tools: tuple[ToolSpec, ...]) -> Iterator[Message]:
             yield Message.assistant(calls=calls)
 
 
-def _wrong(message: Message, replies: Observation, renderer: TinyRenderer) -> str:
+def _wrong(message: Message, replies: Observation, dialect: TinyDialect) -> str:
     allowed = "tool" if message.tool_calls else "user"
     for reply in replies:
         if reply.role != allowed:
             return f"it answered with a {reply.role} message: {reply.text[:60]!r}"
         text_only = Message(role=reply.role, content=tuple(p for p in reply.content if not isinstance(p, ImagePart)))
         try:
-            ids = renderer.reply([text_only], ())
+            ids = dialect.reply([text_only], ())
         except Exception as error:  # what an author put into a message may be anything
             return f"its message cannot be rendered: {error}"
         if sum(i in _CONTROL_IDS for i in ids) != 2:  # its own role's mark, and the next turn's

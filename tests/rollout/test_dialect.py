@@ -11,39 +11,39 @@ from hypothesis import strategies as st
 from conf.schema import PolicyConfig
 from envs.message import ImagePart, Message, ToolCall, ToolSpec
 from policy.model.tokenizer import ByteTokenizer, HfTokenizer
-from rollout.dialects.dialect import Renderer, make_renderer
-from rollout.dialects.qwen_dialect import QwenRenderer
-from rollout.dialects.template_dialect import TemplateRenderer
-from rollout.dialects.tiny_dialect import TinyRenderer
+from rollout.dialects.dialect import Dialect, make_dialect
+from rollout.dialects.qwen_dialect import QwenDialect
+from rollout.dialects.template_dialect import TemplateDialect
+from rollout.dialects.tiny_dialect import TinyDialect
 from tests.rollout.fakes_episode import ADD, ADDED, SPECIAL, chatml_tokenizer, tool_message
 
 HF = HfTokenizer(chatml_tokenizer())
-TINY = TinyRenderer()
-QWEN = QwenRenderer(HF)
-TEMPLATE = TemplateRenderer(HF, end_ids=[HF.special_id("<|im_end|>")])
-RENDERERS: dict[str, Renderer] = {
+TINY = TinyDialect()
+QWEN = QwenDialect(HF)
+TEMPLATE = TemplateDialect(HF, end_ids=[HF.special_id("<|im_end|>")])
+DIALECTS: dict[str, Dialect] = {
     "tiny": TINY,
     "qwen3_5": QWEN,
-    "qwen3_5 thinking": QwenRenderer(HF, thinking=True),
+    "qwen3_5 thinking": QwenDialect(HF, thinking=True),
     "chat_template": TEMPLATE,
 }
-TOKENIZERS = {name: TINY.tokenizer if name == "tiny" else HF for name in RENDERERS}
-ALL = pytest.mark.parametrize("dialect", RENDERERS)
+TOKENIZERS = {name: TINY.tokenizer if name == "tiny" else HF for name in DIALECTS}
+ALL = pytest.mark.parametrize("name", DIALECTS)
 
 CONTROL_TEXTS = [*SPECIAL, *ADDED, *ByteTokenizer.SPECIALS, "\ue000", "\ue0004\ue001", "\ue002", "<|im_", "end|>"]
 HOSTILE_TEXT = st.lists(st.sampled_from([*CONTROL_TEXTS, "a", " ", "\n", "é", "<", "\ud800"])).map("".join)
 
 
-def controls(dialect: str, ids: Sequence[int]) -> list[int]:
-    known = set(TOKENIZERS[dialect].control_ids.values())
+def controls(name: str, ids: Sequence[int]) -> list[int]:
+    known = set(TOKENIZERS[name].control_ids.values())
     return [i for i in ids if i in known]
 
 
 @ALL
 @settings(deadline=None)
 @given(text=HOSTILE_TEXT)
-def test_control_text_from_outside_never_becomes_a_control_token(dialect: str, text: str) -> None:
-    renderer = RENDERERS[dialect]
+def test_control_text_from_outside_never_becomes_a_control_token(name: str, text: str) -> None:
+    dialect = DIALECTS[name]
     tool = ToolSpec(name="add", description=text, parameters=ADD.parameters)
     calm_tool = ToolSpec(name="add", description="x", parameters=ADD.parameters)
 
@@ -53,18 +53,18 @@ def test_control_text_from_outside_never_becomes_a_control_token(dialect: str, t
     def results(text: str) -> list[Message]:
         return [tool_message(f"x{text}x"), tool_message(f"x{text}x", "1")]
 
-    hostile, calm = renderer.prompt(conversation(text), [tool]), renderer.prompt(conversation("y"), [calm_tool])
-    assert controls(dialect, hostile) == controls(dialect, calm)
-    hostile, calm = renderer.reply(results(text), [tool]), renderer.reply(results("y"), [calm_tool])
-    assert controls(dialect, hostile) == controls(dialect, calm)
+    hostile, calm = dialect.prompt(conversation(text), [tool]), dialect.prompt(conversation("y"), [calm_tool])
+    assert controls(name, hostile) == controls(name, calm)
+    hostile, calm = dialect.reply(results(text), [tool]), dialect.reply(results("y"), [calm_tool])
+    assert controls(name, hostile) == controls(name, calm)
     shown = f"x{text}x".encode("utf-8", "replace").decode()
-    assert TOKENIZERS[dialect].decode(hostile).count(shown) == 2  # and it is still all there
+    assert TOKENIZERS[name].decode(hostile).count(shown) == 2  # and it is still all there
 
     hostile, calm = (
-        renderer.completion(Message.assistant(f"x{t}x", [ToolCall(name="add", arguments={"a": f"x{t}x"})]), [calm_tool])
+        dialect.completion(Message.assistant(f"x{t}x", [ToolCall(name="add", arguments={"a": f"x{t}x"})]), [calm_tool])
         for t in (text, "y")
     )
-    assert controls(dialect, hostile) == controls(dialect, calm)
+    assert controls(name, hostile) == controls(name, calm)
 
 
 # What a Qwen value cannot hold in any implementation: the text that ends it.
@@ -85,14 +85,14 @@ CALLS = st.lists(
 @ALL
 @settings(deadline=None)
 @given(text=TEXT, calls=CALLS)
-def test_what_a_completion_says_is_parsed_back(dialect: str, text: str, calls: list[ToolCall]) -> None:
-    renderer = RENDERERS[dialect]
-    ids = renderer.completion(Message.assistant(text, calls), [ADD])
-    assert ids[-1] in renderer.stop_token_ids and not set(ids) & set(renderer.banned_token_ids)
-    parsed = renderer.parse(ids, [ADD])
+def test_what_a_completion_says_is_parsed_back(name: str, text: str, calls: list[ToolCall]) -> None:
+    dialect = DIALECTS[name]
+    ids = dialect.completion(Message.assistant(text, calls), [ADD])
+    assert ids[-1] in dialect.stop_token_ids and not set(ids) & set(dialect.banned_token_ids)
+    parsed = dialect.parse(ids, [ADD])
     assert parsed.status == ("ok" if calls else "none")
-    assert parsed.message.text == (text if dialect == "tiny" else text.strip())
-    typed = dialect == "chat_template"  # JSON keeps types, the others carry text
+    assert parsed.message.text == (text if name == "tiny" else text.strip())
+    typed = name == "chat_template"  # JSON keeps types, the others carry text
 
     def expected(value: object) -> object:
         shown = value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
@@ -109,26 +109,26 @@ def test_what_a_completion_says_is_parsed_back(dialect: str, text: str, calls: l
 @ALL
 @settings(deadline=None)
 @given(data=st.data())
-def test_no_token_sequence_makes_parse_raise(dialect: str, data: st.DataObject) -> None:
-    renderer = RENDERERS[dialect]
-    marks = sorted(TOKENIZERS[dialect].control_ids.values())
-    words = [TOKENIZERS[dialect].encode(t) for t in ('{"name": "add", ', '"arguments": ', "{}", "}", "<function=a>")]
-    token = st.integers(-1, renderer.vocab_size + 2) | st.sampled_from(marks)
+def test_no_token_sequence_makes_parse_raise(name: str, data: st.DataObject) -> None:
+    dialect = DIALECTS[name]
+    marks = sorted(TOKENIZERS[name].control_ids.values())
+    words = [TOKENIZERS[name].encode(t) for t in ('{"name": "add", ', '"arguments": ', "{}", "}", "<function=a>")]
+    token = st.integers(-1, dialect.vocab_size + 2) | st.sampled_from(marks)
     chunks = data.draw(st.lists(token.map(lambda i: [i]) | st.sampled_from(words), max_size=12))
-    parsed = renderer.parse([i for chunk in chunks for i in chunk], [ADD])
+    parsed = dialect.parse([i for chunk in chunks for i in chunk], [ADD])
     assert parsed.status in ("none", "ok", "malformed")
     parsed.message.text.encode()  # text that could not be stored would fail here
     assert (parsed.status == "malformed") == any(call.error for call in parsed.message.tool_calls)
 
 
 @ALL
-def test_every_truncation_of_a_call_is_malformed_or_has_no_call(dialect: str) -> None:
-    renderer = RENDERERS[dialect]
-    ids = renderer.completion(Message.assistant("hi", [ToolCall(name="add", arguments={"a": "1", "b": "2"})]), [ADD])
-    whole = renderer.parse(ids, [ADD]).message.tool_calls
+def test_every_truncation_of_a_call_is_malformed_or_has_no_call(name: str) -> None:
+    dialect = DIALECTS[name]
+    ids = dialect.completion(Message.assistant("hi", [ToolCall(name="add", arguments={"a": "1", "b": "2"})]), [ADD])
+    whole = dialect.parse(ids, [ADD]).message.tool_calls
     statuses = []
     for end in range(len(ids)):
-        parsed = renderer.parse(ids[:end], [ADD])
+        parsed = dialect.parse(ids[:end], [ADD])
         statuses.append(parsed.status)
         if parsed.status == "ok":  # only the stop token is missing
             assert parsed.message.tool_calls == whole and dialect != "tiny"
@@ -136,9 +136,9 @@ def test_every_truncation_of_a_call_is_malformed_or_has_no_call(dialect: str) ->
 
 
 @ALL
-def test_images_are_refused_by_name(dialect: str) -> None:
+def test_images_are_refused_by_name(name: str) -> None:
     with pytest.raises(ValueError, match="renders text only, but a user message holds an image"):
-        RENDERERS[dialect].prompt([Message(role="user", content=(ImagePart(data=b""),))], [])
+        DIALECTS[name].prompt([Message(role="user", content=(ImagePart(data=b""),))], [])
 
 
 def test_the_tiny_dialect_token_by_token() -> None:
@@ -199,17 +199,17 @@ def test_tiny_demonstrations_fill_gaps_with_defaults_and_refuse_what_has_no_plac
         TINY.completion(Message.assistant("", [ToolCall(name="q")]), [pair])
 
 
-def test_make_renderer_knows_the_dialects_and_names_what_is_wrong(tmp_path: Path) -> None:
-    assert isinstance(make_renderer(PolicyConfig()), TinyRenderer)
+def test_make_dialect_knows_the_dialects_and_names_what_is_wrong(tmp_path: Path) -> None:
+    assert isinstance(make_dialect(PolicyConfig()), TinyDialect)
     chatml_tokenizer().save_pretrained(tmp_path)
     stops = [HF.special_id("<|im_end|>"), HF.special_id("<|endoftext|>")]
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
-    for dialect, kind in (("qwen3_5", QwenRenderer), ("chat_template", TemplateRenderer)):
-        renderer = make_renderer(PolicyConfig(kind="hf", path=str(tmp_path), dialect=dialect))
-        assert isinstance(renderer, kind)
-        assert renderer.stop_token_ids == tuple(stops)  # all of them, also the second one
-        assert renderer.banned_token_ids == tuple(map(HF.special_id, ("<|im_start|>", "<|image_pad|>", *ADDED[2:4])))
+    for name, kind in (("qwen3_5", QwenDialect), ("chat_template", TemplateDialect)):
+        dialect = make_dialect(PolicyConfig(kind="hf", path=str(tmp_path), dialect=name))
+        assert isinstance(dialect, kind)
+        assert dialect.stop_token_ids == tuple(stops)  # all of them, also the second one
+        assert dialect.banned_token_ids == tuple(map(HF.special_id, ("<|im_start|>", "<|image_pad|>", *ADDED[2:4])))
     with pytest.raises(ValueError, match=r"unknown policy\.dialect 'qwen'; choose tiny, qwen3_5 or chat_template"):
-        make_renderer(PolicyConfig(dialect="qwen"))
+        make_dialect(PolicyConfig(dialect="qwen"))
     with pytest.raises(ValueError, match="no tokenizer folder at"):
-        make_renderer(PolicyConfig(dialect="qwen3_5", path=str(tmp_path / "nowhere")))
+        make_dialect(PolicyConfig(dialect="qwen3_5", path=str(tmp_path / "nowhere")))

@@ -8,14 +8,14 @@ from envs.message import Message, ToolCall
 from policy.model.tokenizer import HfTokenizer
 from rollout.dialects.call_grammar import parse_call
 from rollout.dialects.control_text import ControlText
-from rollout.dialects.qwen_dialect import CALL_INSTRUCTIONS, QwenRenderer
-from rollout.dialects.template_dialect import TemplateRenderer, plain, tool_json
+from rollout.dialects.qwen_dialect import CALL_INSTRUCTIONS, QwenDialect
+from rollout.dialects.template_dialect import TemplateDialect, plain, tool_json
 from tests.rollout.fakes_episode import ADD, CHATML, chatml_tokenizer, tool_message
 
 HF = HfTokenizer(chatml_tokenizer())
 END = HF.special_id("<|im_end|>")
-QWEN = QwenRenderer(HF)
-TEMPLATE = TemplateRenderer(HF, end_ids=[END])
+QWEN = QwenDialect(HF)
+TEMPLATE = TemplateDialect(HF, end_ids=[END])
 CALLS = [ToolCall(name="add", arguments={"a": 1, "b": [2, "é"]}), ToolCall(name="add", arguments={"a": True})]
 TOOLS_HEADER = (
     "# Tools\n\nYou have access to the following functions:\n\n<tools>\n"
@@ -70,7 +70,7 @@ def test_qwen_completions_and_replies_continue_a_conversation() -> None:
 
 
 def test_qwen_thoughts_are_sampled_and_left_out_of_the_message() -> None:
-    thinking = QwenRenderer(HF, thinking=True)
+    thinking = QwenDialect(HF, thinking=True)
     assert HF.decode(thinking.reply([], [])).endswith("<|im_start|>assistant\n<think>\n")
     demonstration = thinking.completion(Message.assistant("5"), [])
     assert HF.decode(demonstration) == "\n</think>\n\n5<|im_end|>"
@@ -101,16 +101,16 @@ def byte_level(*marks: str) -> HfTokenizer:
 
 
 def test_marks_are_read_from_text_where_the_tokenizer_does_not_have_them() -> None:
-    renderer = QwenRenderer(byte_level())
-    ids = renderer.completion(Message.assistant("t", CALLS), [ADD])
-    parsed = renderer.parse(ids, [ADD])
+    dialect = QwenDialect(byte_level())
+    ids = dialect.completion(Message.assistant("t", CALLS), [ADD])
+    parsed = dialect.parse(ids, [ADD])
     assert parsed.status == "ok" and parsed.message.text == "t" and len(parsed.message.tool_calls) == 2
-    assert renderer.parse(ids[:-3], [ADD]).message.tool_calls[1].error == "call was cut off before </tool_call>"
+    assert dialect.parse(ids[:-3], [ADD]).message.tool_calls[1].error == "call was cut off before </tool_call>"
 
 
 def test_each_mark_is_read_from_text_only_where_it_has_no_token_of_its_own() -> None:
     half = byte_level("<tool_call>", "</tool_call>")
-    parsed = QwenRenderer(half).parse(half.encode("<think>x</think><tool_call>"), [ADD])
+    parsed = QwenDialect(half).parse(half.encode("<think>x</think><tool_call>"), [ADD])
     assert (parsed.status, parsed.message.text) == ("none", "<tool_call>")
 
 
@@ -139,9 +139,9 @@ def test_a_template_that_rewrites_history_still_only_appends() -> None:
     # drops what stands before </think> in earlier turns, as templates of reasoning models do
     shown = "(m.content if loop.last else m.content.split('</think>')[-1])"
     hf = chatml_tokenizer(CHATML.replace("+ m.content }}", f"+ {shown} }}}}", 1))
-    renderer = TemplateRenderer(HfTokenizer(hf), end_ids=[END])
+    dialect = TemplateDialect(HfTokenizer(hf), end_ids=[END])
     thought = hf("hm</think>5<|im_end|>", add_special_tokens=False)["input_ids"]
-    row = renderer.prompt([Message.user("u")], []) + thought + renderer.reply([Message.user("v")], [])
+    row = dialect.prompt([Message.user("u")], []) + thought + dialect.reply([Message.user("v")], [])
     assert HF.decode(row) == (
         "<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\nhm</think>5<|im_end|>\n"
         "<|im_start|>user\nv<|im_end|>\n<|im_start|>assistant\n"
@@ -159,7 +159,7 @@ def test_a_template_that_rewrites_history_still_only_appends() -> None:
 )
 def test_templates_that_cannot_work_are_refused_at_the_start(template: str, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        TemplateRenderer(HfTokenizer(chatml_tokenizer(template)), end_ids=[END])
+        TemplateDialect(HfTokenizer(chatml_tokenizer(template)), end_ids=[END])
 
 
 def test_tokens_that_swallow_white_space_do_so_here_too() -> None:
