@@ -23,7 +23,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from conf.checks import ENV_ID, ConfigError, check_config, check_machine, leaf_keys, nearest
+from conf.checks import ENV_ID, check_config
+from conf.keys import ConfigError, leaf_keys, nearest
+from conf.machine import check_machine
 from conf.schema import TrainConfig
 
 CONF_FOLDER = Path(__file__).parent

@@ -53,7 +53,8 @@ from envs.problem_text import SHOWN_CHARS, fingerprint, finite, opening_messages
 from envs.redaction import redacted
 from envs.space import ActionSpace, ObservationSpace
 from envs.task import Problem
-from envs.tool import DEFAULT_COST, Tool, ToolOptions, as_content, bind_tools, cut_middle
+from envs.tool import DEFAULT_COST, Tool, ToolOptions, bind_tools, cut_middle, refuse_new_tools
+from envs.tool_result import as_content
 from envs.worker_thread import WorkerThread, as_exception, boxed, run_sync, within
 
 logger = logging.getLogger(__name__)
@@ -258,6 +259,7 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
             if not isinstance(reply, Message):
                 raise MalformedEnvironment(f"{type(self).__name__}.on_message() returned {type(reply).__name__}")
             replies = (reply,)
+        refuse_new_tools(type(self).__name__, self._tools, self.tools())
         self._ended = self._num_turns >= self.max_turns
         return replies, False, self._ended
 
@@ -429,22 +431,20 @@ class AgentEnv(gymnasium.Env[Observation, Message]):
         try:
             if error is not None:
                 raise error
-            return *as_content(value), None
-        except (InfraFault, AuthorExit):
+        except (InfraFault, AuthorExit, MalformedEnvironment):
             raise
         except Exception as raised:  # a tool may refuse by raising, as sqlite3 does: the policy reads why
             logger.debug("a tool raised", exc_info=True)
             text = redacted(error_text(raised))[:SHOWN_CHARS] or type(raised).__name__
             return f"error: {text}", (), "tool_error"
+        return *as_content(value), None
 
     async def _wait_latency(self) -> None:
         if self.latency_median_s > 0:
-            mu = math.log(self.latency_median_s)
-            await asyncio.sleep(_latency.lognormvariate(mu, self.latency_sigma))
+            await asyncio.sleep(_latency.lognormvariate(math.log(self.latency_median_s), self.latency_sigma))
 
     def _digest(self, opening: Observation) -> str:
-        owner = type(self)
         content = [[m.role, *(fingerprint(part) for part in m.content)] for m in opening]
         # Not the level: a prompt that two levels share is one problem, or training at one would leak held-out ones.
-        identity = [f"{owner.__module__}:{owner.__qualname__}", self.version, self.hidden_state(), content]
+        identity = [f"{type(self).__module__}:{type(self).__qualname__}", self.version, self.hidden_state(), content]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()

@@ -13,6 +13,19 @@ if TYPE_CHECKING:
 
 _SHOWN_NAME_CHARS = 32
 _SHOWN_CHARS = 200
+BOUNDS = {
+    "minimum": "at least",
+    "exclusiveMinimum": "more than",
+    "maximum": "at most",
+    "exclusiveMaximum": "less than",
+    "multipleOf": "a multiple of",
+    "minLength": "of length at least",
+    "maxLength": "of length at most",
+    "pattern": "matching",
+    "minItems": "of at least so many items:",
+    "maxItems": "of at most so many items:",
+}
+"""Keyword of JSON schema -> how its bound is said."""
 
 
 def parser_of(tool_name: str, schema: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -71,14 +84,34 @@ def read_json(value: Any) -> Any:
         return value
 
 
+def wanted(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
+    """What a value must be, in words that a policy can learn from; "" where the schema does not say. At most 200 chars.
+
+    Example: wanted({"enum": ["a", "b"]}, {}) -> 'one of "a", "b"'; wanted({"type": "integer", "maximum": 5}, {}) ->
+    "integer at most 5"
+    """
+    if reference := schema.get("$ref"):
+        return wanted(definitions.get(str(reference).rpartition("/")[2], {}), {})
+    if "const" in schema:
+        return json.dumps(schema["const"], ensure_ascii=False)[:_SHOWN_CHARS]
+    if "enum" in schema:
+        return f"one of {', '.join(json.dumps(value, ensure_ascii=False) for value in schema['enum'])}"[:_SHOWN_CHARS]
+    if choices := schema.get("anyOf") or schema.get("oneOf"):
+        texts = [wanted(choice, definitions) for choice in choices]
+        return " or ".join(texts)[:_SHOWN_CHARS] if all(texts) else ""
+    kind = schema.get("type")
+    bounds = [f"{words} {schema[name]}" for name, words in BOUNDS.items() if name in schema]
+    return f"{kind} {' and '.join(bounds)}".strip()[:_SHOWN_CHARS] if isinstance(kind, str) else ""
+
+
 def _complaint(error: "ValidationError", arguments: dict[str, Any]) -> str:
     """A short stable text: the policy reads it."""
     schema: Any = error.schema
     properties = schema.get("properties", {}) if not error.path else {}
     if error.path:
         name = str(error.path[0])[:_SHOWN_NAME_CHARS]
-        wanted = schema.get("type") if len(error.path) == 1 else None
-        return f"{name} must be {wanted}" if isinstance(wanted, str) else f"bad {name}"
+        text = wanted(schema, {}) if len(error.path) == 1 else ""
+        return f"{name} must be {text}" if text else f"bad {name}"
     if error.validator == "required":
         return f"missing {next(name for name in schema['required'] if name not in arguments)[:_SHOWN_NAME_CHARS]}"
     if error.validator == "additionalProperties":

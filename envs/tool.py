@@ -1,19 +1,19 @@
 """A typed Python function becomes a tool: its JSON schema, its argument check, its limits."""
 
 import inspect
-import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, TypeVar, get_type_hints, overload
 
+import docstring_parser
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic.errors import PydanticUserError
 
 from envs import json_schema
 from envs.errors import BadArguments, MalformedEnvironment
-from envs.message import ImagePart, ToolSpec
+from envs.message import ToolSpec
 
 _MARK = "shoal_tool_options"
 _SHOWN_NAME_CHARS = 32
@@ -49,7 +49,8 @@ def tool(
 def tool(
     function: Any = None, *, cost: float = DEFAULT_COST, timeout_s: float | None = None, inline: bool = False
 ) -> Any:
-    """Mark a method as a tool. Parameters need types; the docstring's first paragraph is the description.
+    """Mark a method as a tool. Parameters need types. The docstring's first paragraph describes the tool; what it says
+    of parameters, in Google's, numpy's or Sphinx's style, describes them.
 
     Example: `@tool` or `@tool(cost=0.5, timeout_s=2.0)` above `def add(self, a: int, b: int) -> int`.
     """
@@ -84,24 +85,83 @@ class Tool:
 
     @staticmethod
     def from_function(function: Callable[..., Any], *, is_method: bool = False) -> "Tool":
-        """Read a signature. Raises MalformedEnvironment for a parameter without a (usable) type."""
-        name = function.__name__
-        try:
-            parameters = list(inspect.signature(function).parameters.values())[1 if is_method else 0 :]
-            hints = get_type_hints(function, include_extras=True)
-            model = _arguments_model(name, parameters, hints)
-            schema = _without_titles(model.model_json_schema(by_alias=True))
-        except (NameError, PydanticUserError) as error:
-            raise MalformedEnvironment(f"tool {name}: a parameter's type cannot be used: {error}") from error
-        description = (inspect.getdoc(function) or name).split("\n\n")[0].replace("\n", " ")
-        schema.setdefault("properties", {})
-        schema.pop("description", None)
-        return Tool(
-            spec=ToolSpec(name=name, description=description, parameters=schema),
-            function=function,
-            parse=partial(_parse, model, tuple(parameter.name for parameter in parameters), schema["properties"]),
-            options=getattr(function, _MARK, ToolOptions()),
+        """Read a signature, once for all functions that are made by the same code.
+
+        Raises MalformedEnvironment for a parameter without a (usable) type.
+        """
+        plain: Any = getattr(function, "__func__", function)
+        return replace(_read_once(plain, is_method or plain is not function), function=function)  # without its self
+
+
+@dataclass(frozen=True, slots=True)
+class _Signature:
+    """What decides how a function is read: two closures of the same code differ in values alone."""
+
+    code: Any
+    defaults: Any
+    keyword_defaults: Any
+    annotations: Any
+    text: tuple[str, str | None]
+    options: Any
+    is_method: bool
+
+    @staticmethod
+    def of(function: Any, is_method: bool) -> "_Signature":
+        """Raises TypeError where a part has no hash, and for a callable that is no plain function."""
+        if not inspect.isfunction(function):
+            raise TypeError(f"{function!r} is no plain function")
+        key = _Signature(
+            function.__code__,
+            function.__defaults__,
+            tuple((function.__kwdefaults__ or {}).items()),
+            tuple(function.__annotations__.items()),
+            (function.__name__, function.__doc__),
+            getattr(function, _MARK, None),
+            is_method,
         )
+        hash(key)
+        return key
+
+
+_READ: dict[_Signature, Tool] = {}
+"""pydantic takes milliseconds for a model, and adapters list their tools at every reset."""
+_MAX_READ = 4096
+
+
+def _read_once(function: Callable[..., Any], is_method: bool) -> Tool:
+    try:
+        key = _Signature.of(function, is_method)
+    except TypeError:
+        return _read(function, is_method)
+    if key not in _READ:
+        if len(_READ) >= _MAX_READ:
+            _READ.clear()
+        _READ[key] = _read(function, is_method)
+    return _READ[key]
+
+
+def _read(function: Callable[..., Any], is_method: bool) -> Tool:
+    """A tool of the function as it is, unbound."""
+    name = function.__name__
+    try:
+        parameters = list(inspect.signature(function).parameters.values())[1 if is_method else 0 :]
+        hints = get_type_hints(function, include_extras=True)
+        model = _arguments_model(name, parameters, hints)
+        schema = _without_titles(model.model_json_schema(by_alias=True))
+    except (NameError, PydanticUserError) as error:
+        raise MalformedEnvironment(f"tool {name}: a parameter's type cannot be used: {error}") from error
+    description, described = _read_docstring(inspect.getdoc(function) or "")
+    for parameter, text in described.items():
+        if parameter in schema.setdefault("properties", {}):
+            schema["properties"][parameter].setdefault("description", text)
+    schema.setdefault("properties", {})
+    schema.pop("description", None)
+    return Tool(
+        spec=ToolSpec(name=name, description=description or name, parameters=schema),
+        function=function,
+        parse=partial(_parse, model, tuple(parameter.name for parameter in parameters), schema),
+        options=getattr(function, _MARK, ToolOptions()),
+    )
 
 
 @cache
@@ -117,24 +177,19 @@ def tool_names(owner: type) -> set[str]:
     return {name for name in dir(owner) if hasattr(inspect.getattr_static(owner, name), _MARK)}
 
 
+def refuse_new_tools(owner: str, shown: Mapping[str, Tool], listed: Mapping[str, Tool]) -> None:
+    """Raise MalformedEnvironment where tools are listed that the policy was not shown: a prompt only grows at its end,
+    so tools are shown once, at the reset."""
+    if new := [name for name in listed if name not in shown]:
+        raise MalformedEnvironment(
+            f"{owner}.tools() lists {new} only after the reset, and a policy is shown its tools once: list "
+            "them at the reset, and let a call before its time answer that it is too early"
+        )
+
+
 def bind_tools(owner: object) -> dict[str, Tool]:
     """Tools of an instance by name."""
     return {t.spec.name: replace(t, function=getattr(owner, t.spec.name)) for t in tools_of_class(type(owner))}
-
-
-def as_content(value: Any) -> tuple[str, tuple[ImagePart, ...]]:
-    """What a policy is shown of a tool's return value: text as it is, images as images, the rest as compact JSON.
-
-    A list or tuple that holds an image is shown item by item, its texts one a line.
-    """
-    if isinstance(value, str):
-        return value, ()
-    if isinstance(value, ImagePart):
-        return "", (value,)
-    if isinstance(value, list | tuple) and any(isinstance(item, ImagePart) for item in value):
-        texts = [as_content(item)[0] for item in value if not isinstance(item, ImagePart)]
-        return "\n".join(texts), tuple(item for item in value if isinstance(item, ImagePart))
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str), ()
 
 
 def cut_middle(text: str, max_chars: int) -> str:
@@ -164,7 +219,7 @@ def _arguments_model(name: str, parameters: list[inspect.Parameter], hints: dict
 
 
 def _parse(
-    model: type[BaseModel], names: tuple[str, ...], properties: dict[str, Any], arguments: dict[str, Any]
+    model: type[BaseModel], names: tuple[str, ...], schema: dict[str, Any], arguments: dict[str, Any]
 ) -> dict[str, Any]:
     try:
         parsed = model.model_validate(arguments)
@@ -172,19 +227,35 @@ def _parse(
         try:
             parsed = model.model_validate(_read_json_where_wrong(arguments, error))
         except ValidationError:
-            raise BadArguments(_complaint(error, properties)) from None
+            raise BadArguments(_complaint(error, schema)) from None
     return {name: getattr(parsed, f"arg{index}") for index, name in enumerate(names)}
 
 
-def _complaint(error: ValidationError, properties: dict[str, Any]) -> str:
+def _read_docstring(text: str) -> tuple[str, dict[str, str]]:
+    """(description, {parameter: its description}): Google's, numpy's and Sphinx's styles are told apart.
+
+    Example: "Add.\\n\\nArgs:\\n    a: the first" -> ("Add.", {"a": "the first"})
+    """
+    read = docstring_parser.parse(text)
+    paragraph = read.short_description or ""
+    if read.long_description and not read.blank_after_short_description:
+        paragraph += " " + read.long_description.split("\n\n")[0]
+    return " ".join(paragraph.split()), {
+        entry.arg_name: " ".join(entry.description.split()) for entry in read.params if entry.description
+    }
+
+
+def _complaint(error: ValidationError, schema: dict[str, Any]) -> str:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     name = str(first["loc"][0])[:_SHOWN_NAME_CHARS] if first["loc"] else "arguments"
     if first["type"] == "missing":
         return f"missing {name}"
     if first["type"] == "extra_forbidden":
         return f"no argument {name}"
-    wanted = properties.get(name, {}).get("type")
-    return f"{name} must be {wanted}" if wanted else f"bad {name}"
+    property_ = schema["properties"].get(name, {})
+    wanted = json_schema.wanted(property_, schema.get("$defs", {}))
+    is_whole = len(first["loc"]) == 1 or "anyOf" in property_  # of a union pydantic names the member that it tried
+    return f"{name} must be {wanted}" if wanted and is_whole else f"bad {name}"
 
 
 def _read_json_where_wrong(arguments: dict[str, Any], error: ValidationError) -> dict[str, Any]:

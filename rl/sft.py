@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.numpy import save
 
-from conf.checks import ConfigError, secret_values
+from conf.checks import secret_values
+from conf.keys import ConfigError
 from conf.loading import resolved_yaml
 from conf.schema import OptimizerConfig, SftConfig, TrainConfig
 from envs.base import AgentEnv

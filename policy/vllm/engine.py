@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 
-from conf.checks import VLLM_MIN_TEMPERATURE
+from conf.combinations import VLLM_MIN_TEMPERATURE
 from conf.schema import EngineConfig
 from policy.engine.protocol import EngineCapabilities
 from policy.engine.step_engine import StepEngine

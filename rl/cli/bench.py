@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from conf.checks import nearest
+from conf.keys import nearest
 from rl.cli.child_process import run_python
 from rl.runs.usage import UsageError
 

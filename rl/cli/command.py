@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from conf.checks import nearest
+from conf.keys import nearest
 
 RUN_HELP = "an id, the unique beginning of one, a path, or 'latest'"
 

@@ -11,7 +11,7 @@ import traceback
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Sequence
 
-from conf.checks import ConfigError
+from conf.keys import ConfigError
 from rl.cli.command import RUN_HELP, Command, CommandTable, reader_arguments, run_arguments, run_words
 from rl.cli.dash_command import DASH
 from rl.cli.environments.env_commands import ENV_COMMANDS

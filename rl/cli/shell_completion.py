@@ -107,7 +107,8 @@ def _environments() -> Iterable[str]:
 
 def _settings(word: str) -> Iterable[str]:
     """ "key=" of every setting, and "group=name" once a group or a setting with a fixed choice is named."""
-    from conf.checks import CHOICES, leaf_keys
+    from conf.checks import CHOICES
+    from conf.keys import leaf_keys
     from conf.loading import GROUPS, options_of
     from conf.schema import TrainConfig
 

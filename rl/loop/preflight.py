@@ -7,7 +7,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from conf.checks import ConfigError, nearest, secret_values
+from conf.checks import secret_values
+from conf.keys import ConfigError, nearest
 from conf.schema import PolicyConfig, TrainConfig
 from envs.declared import declared_timeouts
 from envs.registry import find_class

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from importlib.util import find_spec
 
-from conf.checks import ConfigError
+from conf.keys import ConfigError
 from conf.schema import MonitorConfig
 
 PACKAGES = {"tensorboard": "tensorboardX", "trackio": "trackio", "prometheus": "prometheus_client", "wandb": "wandb"}

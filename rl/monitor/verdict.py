@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from conf.checks import lookup
+from conf.keys import lookup
 from conf.schema import AlertConfig, TrainConfig
 from rl.monitor.learning_verdict import LearningVerdict, VerdictSettings, judge_learning
 from rl.monitor.throughput_verdict import ThroughputVerdict, judge_throughput

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conf.checks import CHOICES, CHOICES_OR_IMPORT, FRACTIONS, POSITIVE, RANGES, check_config, leaf_keys, lookup
+from conf.checks import CHOICES, CHOICES_OR_IMPORT, FRACTIONS, POSITIVE, RANGES, check_config
+from conf.keys import leaf_keys, lookup
 from conf.loading import (
     GROUPS,
     ConfigError,

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conf.checks import ConfigError
+from conf.keys import ConfigError
 from conf.loading import load_config, read_config, resolved_yaml
 from envs.base import AgentEnv, call, say
 from envs.errors import InfraFault

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conf.checks import ConfigError
+from conf.keys import ConfigError
 from conf.schema import EngineConfig, PolicyConfig, TrainConfig, VllmConfig
 from policy.import_guard import SITE
 from policy.vllm.packages import VllmMissing, prepare, vllm_build

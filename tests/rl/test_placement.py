@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from conf.checks import ConfigError
+from conf.keys import ConfigError
 from conf.loading import load_config
 from conf.schema import TrainConfig
 from policy.model.device import claim_device

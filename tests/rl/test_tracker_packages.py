@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from conf.checks import ConfigError
+from conf.keys import ConfigError
 from conf.loading import load_config
 from rl.loop.preflight import check_parts
 from rl.monitor.tracker_packages import check_trackers

@@ -189,7 +189,7 @@ def ray_check(folder: Path = Path("/tmp/ray"), *, proc: Path = Path("/proc")) ->
 
 def wandb_check() -> Check:
     """What would be sent, and whether it could be. A key is looked for, never read."""
-    from conf.checks import has_wandb_key
+    from conf.machine import has_wandb_key
     from conf.schema import TrainConfig
 
     mode, key = os.environ.get("WANDB_MODE"), has_wandb_key()

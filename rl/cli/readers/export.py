@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conf.checks import nearest
+from conf.keys import nearest
 from envs.message import ContentPart, Message, TextPart
 from rl.dashboard.metrics import MetricTable
 from rl.runs.checkpoint import Checkpoint, CheckpointError, list_checkpoints, load_latest, read_checkpoint

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conf.checks import nearest
+from conf.keys import nearest
 from rl.monitor.json_lines import read_json_lines
 from rl.runs.run_folder import RunFolder
 from rl.runs.usage import UsageError, resolve_run

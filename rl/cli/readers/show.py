@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from conf.checks import leaf_keys, lookup
+from conf.keys import leaf_keys, lookup
 from conf.schema import TrainConfig
 from envs.message import Message
 from rl.cli.readers.sweep_list import sweep_places, sweep_table, sweeps_of
