@@ -1,4 +1,4 @@
-"""The count of benchmarks/adapters.py: a stated subset always, every listed id where slow tests run (a minute)."""
+"""The count of benchmarks/adapters.py: a stated subset always, every listed id in the full sweep (a minute)."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def test_a_subset_of_games_is_driven_and_a_broken_one_is_listed_with_its_reason(
     assert result["failures"]["NoSuchGame-v0"] == "MalformedEnvironment: textarena has no 'NoSuchGame-v0'"
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("source", "module", "count"),

@@ -183,7 +183,11 @@ def test_a_problem_has_the_same_digest_in_a_new_process_though_its_opponent_is_a
 
 @pytest.mark.parametrize(
     ("package", "id"),
-    [("Gymnasium", id) for id in ("FrozenLake-v1", "Taxi-v4", "CliffWalking-v1")] + [("TextArena", "TicTacToe-v0")],
+    [
+        ("Gymnasium", "FrozenLake-v1"),
+        ("TextArena", "TicTacToe-v0"),
+        *(pytest.param("Gymnasium", id, marks=pytest.mark.sweep) for id in ("Taxi-v4", "CliffWalking-v1")),
+    ],
 )
 def test_a_world_has_as_many_held_out_problems_as_a_training_asks_for(package: str, id: str) -> None:
     """Chance after the opening comes from the seed, too: problems of one opening are told apart by it."""

@@ -35,6 +35,10 @@ def test_a_failure_names_the_seed_and_the_level_where_it_is_seen_again():
     assert episode.reward == 0.0 and episode.answer == "1"
 
 
+IN_CI = ("Calculator-v0", "ShopDB-v0", "ToolGate-v0")
+"""One of arithmetic, one of a database, one that is gated; all thirteen are part of the full sweep."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("owner", "probe"), BROKEN.items(), ids=lambda value: getattr(value, "__name__", value))
 def test_a_broken_environment_fails_its_own_probe_and_no_other(owner, probe):
@@ -43,7 +47,9 @@ def test_a_broken_environment_fails_its_own_probe_and_no_other(owner, probe):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("env_id", BUILT_IN)
+@pytest.mark.parametrize(
+    "env_id", [each if each in IN_CI else pytest.param(each, marks=pytest.mark.sweep) for each in BUILT_IN]
+)
 def test_a_built_in_environment_passes_at_two_seeds_of_its_lowest_middle_and_highest_level(env_id):
     report = check(env_id, num_seeds=2)
     assert report.passed, report_text(report)

@@ -67,6 +67,8 @@ class EngineCase:
     """The learner's model with the weights of a seed; None where logits mean nothing."""
     noise: tuple[float, float] = (1e-4, 1e-4)
     """Largest mean and largest difference of its logprobs to the learner's, and between two ways to the same ones."""
+    slow_to_start: bool = False
+    """An engine of it is kept from test to test."""
     exact: bool = True
     """One's company in a batch changes no token."""
 
@@ -118,6 +120,7 @@ def vllm_case(config: str, own: VllmConfig | None = None) -> EngineCase:
         tensors=lambda seed: dict(to_numpy_tensors(model_of(config, seed))),
         model=lambda seed: model_of(config, seed),
         noise=(0.03, 0.3),  # bfloat16; the learner replays the routes of experts
+        slow_to_start=True,
         exact=False,
     )
 
@@ -147,15 +150,15 @@ VLLM["vllm-core-moe"] = vllm_case("vllm-moe-untied", VllmConfig(process="core"))
 VLLM["vllm-two-ranks"] = vllm_case("vllm-two-ranks", VllmConfig(tensor_parallel=2))
 needs_vllm = [pytest.mark.vllm, pytest.mark.skipif(vllm_build() is None, reason="needs the vLLM extra")]
 SMALL_SETTING = ("vllm-dense", "vllm-moe-untied")
-"""What CI runs of them; with the others, marked slow, the same tests take twice as long."""
+"""What CI runs of them; the others are part of `make test-all` alone."""
 VLLM_PARAMETERS = [
-    pytest.param(case, id=name, marks=needs_vllm if name in SMALL_SETTING else [*needs_vllm, pytest.mark.slow])
+    pytest.param(case, id=name, marks=needs_vllm if name in SMALL_SETTING else [*needs_vllm, pytest.mark.sweep])
     for name, case in VLLM.items()
     if name != "vllm-core-moe"  # each start takes half a minute; test_policy_vllm_core.py has it
 ]
 
 
-VLLM_CORE = pytest.param(VLLM["vllm-core"], id="vllm-core", marks=[*needs_vllm, pytest.mark.slow])
+VLLM_CORE = pytest.param(VLLM["vllm-core"], id="vllm-core", marks=[*needs_vllm, pytest.mark.sweep])
 
 
 def every(*cases: str) -> pytest.MarkDecorator:

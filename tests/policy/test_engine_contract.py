@@ -1,29 +1,18 @@
 """What every engine must do, run against each of them. A new engine joins by adding a case."""
 
 import asyncio
-import contextlib
-import functools
-import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from policy.engine.protocol import (
-    Completion,
-    Engine,
     EngineClosed,
     EngineError,
-    GenerationRequest,
     SamplingSpec,
     UnsupportedRequest,
 )
-from policy.model.checkpoint_io import expected_tensors, load_numpy_tensors, to_numpy_tensors
-from policy.model.hybrid import HybridModel
-from policy.model.logprobs import token_logprobs
 from policy.sync.snapshot import PolicySnapshot, WeightSyncError
 from tests.fakes import FakeClock
 from tests.policy.engine_cases import (
@@ -34,109 +23,16 @@ from tests.policy.engine_cases import (
     VOCAB,
     EngineCase,
     every_engine,
-    every_local_engine,
-    every_real_engine,
 )
-
-
-def in_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """Run an async test to its end, or for four minutes: vLLM starts slowly on a busy machine."""
-
-    @functools.wraps(test)
-    def run(**arguments: object) -> None:
-        asyncio.run(asyncio.wait_for(test(**arguments), 240))
-
-    return run
-
-
-@contextlib.asynccontextmanager
-async def serving(case: EngineCase, *, seed: int = 0, **arguments: object) -> AsyncIterator[Engine]:
-    """An engine that holds version 1."""
-    engine = case.make(**arguments)
-    try:
-        await engine.load_weights(case.snapshot(1, seed=seed))
-        yield engine
-    finally:  # processes of its own would stay until the last test has ended
-        await engine.close()
-
-
-request_ids = itertools.count()
-
-
-def ask(
-    prompt: np.ndarray | list[int], *, session_id: str | None = None, deadline_s: float = 60.0, **spec: object
-) -> GenerationRequest:
-    """A request; what is not said is the engine's contract default."""
-    return GenerationRequest(
-        request_id=f"r{next(request_ids)}",
-        prompt_ids=np.array(prompt, np.int32),
-        sampling=SamplingSpec(**spec),  # type: ignore[arg-type]
-        session_id=session_id,
-        deadline_s=deadline_s,
-    )
-
-
-def sure(engine: Engine, seed: int) -> dict[str, Any]:
-    """Sampling that gives the same tokens each time: by a seed where the engine takes one."""
-    return {"seed": seed} if engine.capabilities.per_request_seed else {"temperature": 0.0}
-
-
-def assert_close(case: EngineCase, one: np.ndarray, other: np.ndarray, message: str = "") -> None:
-    """Logprobs agree as closely as the engine computes."""
-    gap = np.abs(np.asarray(one) - np.asarray(other))
-    assert gap.shape == np.shape(one) == np.shape(other)
-    assert gap.mean() <= case.noise[0] and gap.max() <= case.noise[1], f"{message} mean {gap.mean()} max {gap.max()}"
-
-
-def random_prompt(length: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng([seed, length]).integers(0, VOCAB, length).astype(np.int32)
-
-
-async def until(predicate: Callable[[], bool]) -> None:
-    """Wait for something that happens on another thread."""
-    async with asyncio.timeout(20):
-        while not predicate():
-            await asyncio.sleep(0.0005)
-
-
-def learner_logprobs(
-    case: EngineCase, seed: int, request: GenerationRequest, completion: Completion, *, routes_from: int = 0
-) -> np.ndarray:
-    """Logprobs of a completion from one forward pass over the whole conversation, with the routes that were recorded.
-
-    Those of the tokens before `routes_from` are the learner's own: other weights recorded them.
-    """
-    assert case.model is not None
-    model, spec = case.model(seed), request.sampling
-    ids = torch.from_numpy(np.concatenate([request.prompt_ids, completion.token_ids]).astype(np.int64))
-    banned = torch.zeros(VOCAB, dtype=torch.bool)
-    banned[list(spec.banned_token_ids)] = True
-    routes = recorded_routes(request, completion)
-    if routes is not None:
-        routes[:routes_from] = -1
-    with torch.no_grad():
-        logits = model(ids, torch.tensor([0, len(ids)]), routed_experts=routes).logits
-    first = len(request.prompt_ids)
-    return token_logprobs(logits[first - 1 : -1], ids[first:], spec.temperature, banned)[0].numpy()
-
-
-def recorded_routes(request: GenerationRequest, completion: Completion) -> torch.Tensor | None:
-    """(tokens of the conversation, M, k), -1 where the engine told none."""
-    sampled, prompt = completion.routed_experts, completion.prompt_routes
-    if sampled is None:
-        return None
-    if prompt is None:
-        prompt = np.full((len(request.prompt_ids), *sampled.shape[1:]), -1, np.int16)
-    return torch.from_numpy(np.concatenate([prompt, sampled]).astype(np.int64))
-
-
-def assert_equal_completions(one: Completion, other: Completion) -> None:
-    assert one.token_ids.tolist() == other.token_ids.tolist()
-    np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
-    assert one.finish_reason == other.finish_reason
-
-
-# --- what a completion is ---
+from tests.policy.serving import (
+    ask,
+    assert_equal_completions,
+    in_loop,
+    random_prompt,
+    serving,
+    sure,
+    until,
+)
 
 
 @every_engine
@@ -287,7 +183,7 @@ async def test_a_caller_that_goes_away_frees_its_place(case: EngineCase) -> None
 @every_engine
 @in_loop
 async def test_closing_ends_what_runs_and_refuses_what_comes(case: EngineCase) -> None:
-    async with serving(case) as engine:
+    async with serving(case, fresh=True) as engine:
         busy = [asyncio.create_task(engine.generate(ask([i], max_tokens=MAX_TOKENS))) for i in range(12)]
         await until(lambda: engine.stats().sampled_tokens >= 2)
         await engine.close()
@@ -303,7 +199,7 @@ async def test_closing_ends_what_runs_and_refuses_what_comes(case: EngineCase) -
 @every_engine
 @in_loop
 async def test_closing_ends_weights_that_are_on_their_way(case: EngineCase) -> None:
-    async with serving(case) as engine:
+    async with serving(case, fresh=True) as engine:
         loading = [asyncio.create_task(engine.load_weights(case.snapshot(version))) for version in (2, 3)]
         await asyncio.sleep(0)  # let them start
         await engine.close()
@@ -439,114 +335,3 @@ async def test_weights_that_changed_after_their_manifest_was_made_are_refused(ca
         with pytest.raises(WeightSyncError, match="-1"):
             await engine.load_weights(case.snapshot(-1))
         assert engine.policy_version == 1
-
-
-# --- logits that mean something ---
-
-
-@every_real_engine
-def test_the_learner_loads_what_the_engine_expects(case: EngineCase) -> None:
-    assert case.model is not None
-    tensors = case.tensors(3)
-    model = HybridModel(case.model(3).config)
-    case.snapshot(1, seed=3).verify(expected_tensors(model))
-    load_numpy_tensors(model, tensors)
-    assert all(np.array_equal(array, tensors[name]) for name, array in to_numpy_tensors(model).items())
-
-
-@every_real_engine
-@pytest.mark.parametrize(
-    ("lengths", "together"),
-    [(range(1, 131), True), ((1, 2, 3, 4, 31, 32, 33, 63, 64, 65, 127, 128, 129), False)],
-    ids=["every length in mixed batches", "around edges alone"],
-)
-@in_loop
-async def test_logprobs_are_the_learners_whatever_the_prompts_length(
-    case: EngineCase, lengths: Sequence[int], together: bool
-) -> None:
-    spec = {"max_tokens": 3, "temperature": 0.7, "banned_token_ids": (0, 5, 60)}
-    requests = [ask(random_prompt(n), **spec) for n in lengths]  # type: ignore[arg-type]
-    async with serving(case) as engine:
-        if together:
-            completions = await asyncio.gather(*map(engine.generate, requests))
-        else:
-            completions = [await engine.generate(request) for request in requests]
-    pairs = list(zip(requests, completions, strict=True))
-    expected = np.concatenate([learner_logprobs(case, 0, request, completion) for request, completion in pairs])
-    assert_close(case, np.concatenate([completion.logprobs for completion in completions]), expected)
-    assert not any(np.isin(completion.token_ids, spec["banned_token_ids"]).any() for completion in completions)
-
-
-async def play(
-    engine: Engine, *, session_id: str | None, first: int = 40, temperature: float = 1.0
-) -> list[tuple[GenerationRequest, Completion]]:
-    """A conversation of three turns; the environment answers each completion with 9 tokens."""
-    prompt, turns = random_prompt(first), []
-    for turn in range(3):
-        request = ask(prompt, session_id=session_id, max_tokens=14, seed=turn, temperature=temperature)
-        completion = await engine.generate(request)
-        turns.append((request, completion))
-        prompt = np.concatenate([prompt, completion.token_ids, random_prompt(9, seed=turn)])
-    return turns
-
-
-@every_local_engine
-@in_loop
-async def test_a_session_of_three_turns_has_the_learners_logprobs_and_skips_what_it_knows(case: EngineCase) -> None:
-    async with serving(case) as engine:
-        turns = await play(engine, session_id="a")
-        without = await play(engine, session_id=None)
-        greedy = await play(engine, session_id="b", temperature=0.0)
-        assert engine.stats().sessions == 2
-        await engine.close_session("a")
-        await until(lambda: engine.stats().sessions == 1)
-    for request, completion in turns + greedy:
-        np.testing.assert_allclose(completion.logprobs, learner_logprobs(case, 0, request, completion), atol=1e-4)
-    for (_, kept), (_, fresh) in zip(turns, without, strict=True):
-        assert_equal_completions(kept, fresh)
-    # All but the last sampled token of the turn before are in the state.
-    assert [completion.cached_tokens for _, completion in turns] == [0, 40 + 13, 40 + 2 * 14 + 9 - 1]
-
-
-@every_local_engine
-@in_loop
-async def test_a_session_whose_history_was_rewritten_starts_afresh(case: EngineCase) -> None:
-    async with serving(case) as engine:
-        first = await engine.generate(ask(random_prompt(20), session_id="a", max_tokens=5))
-        rewritten = np.concatenate([random_prompt(20), first.token_ids, [1, 2]])
-        rewritten[7] = (rewritten[7] + 1) % VOCAB
-        request = ask(rewritten, session_id="a", max_tokens=5)
-        completion = await engine.generate(request)
-    assert completion.cached_tokens == 0
-    np.testing.assert_allclose(completion.logprobs, learner_logprobs(case, 0, request, completion), atol=1e-4)
-
-
-@every_local_engine
-@in_loop
-async def test_a_group_prefills_its_prompt_once_and_samples_as_fresh_runs_would(case: EngineCase) -> None:
-    group = [ask(random_prompt(33), max_tokens=20, seed=i, temperature=0.9) for i in range(3 * MAX_RUNNING)]
-    async with serving(case) as engine:
-        forked = await asyncio.gather(*map(engine.generate, group))
-        assert engine.stats().prefilled_tokens == 33
-    assert [completion.cached_tokens for completion in forked] == [0] + [33] * (len(group) - 1)
-    async with serving(case) as engine:
-        for member in (0, 5, len(group) - 1):
-            await engine.load_weights(case.snapshot(2))  # forget the prompt
-            fresh = await engine.generate(group[member])
-            assert fresh.cached_tokens == 0
-            assert_equal_completions(forked[member], fresh)
-    for request, completion in zip(group, forked, strict=True):
-        np.testing.assert_allclose(completion.logprobs, learner_logprobs(case, 0, request, completion), atol=1e-4)
-
-
-@every_real_engine
-@in_loop
-async def test_greedy_sampling_takes_the_likeliest_allowed_token(case: EngineCase) -> None:
-    assert case.model is not None
-    async with serving(case) as engine:
-        free = await engine.generate(ask(random_prompt(12), max_tokens=1, temperature=0.0))
-        banned = (int(free.token_ids[0]),)
-        second = await engine.generate(ask(random_prompt(12), max_tokens=1, temperature=0.0, banned_token_ids=banned))
-    with torch.no_grad():
-        logits = case.model(0)(torch.from_numpy(random_prompt(12)).long(), torch.tensor([0, 12])).logits[-1]
-    assert [int(free.token_ids[0]), int(second.token_ids[0])] == logits.topk(2).indices.tolist()

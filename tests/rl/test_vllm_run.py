@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("process", ["inproc", pytest.param("core", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("process", ["inproc", pytest.param("core", marks=pytest.mark.sweep)])
 def test_a_killed_engine_is_replaced_and_nothing_is_lost_doubled_or_stale(tmp_path: Path, process: str) -> None:
     """Killed is the worker's process, or that of vLLM's core below it. Twenty kills: benchmarks/vllm_kills.py."""
     found = count(train(tmp_path, 1, process))
@@ -43,7 +43,7 @@ RUN = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("transport", [pytest.param("files", marks=pytest.mark.slow), "broadcast"])
+@pytest.mark.parametrize("transport", [pytest.param("files", marks=pytest.mark.sweep), "broadcast"])
 def test_a_run_trains_on_weights_of_every_version_and_leaves_none_behind(tmp_path: Path, transport: str) -> None:
     words = [*RUN, f"engine.vllm.transport={transport}", f"run.root={tmp_path}"]
     run = subprocess.Popen(
@@ -76,7 +76,7 @@ EXPERTS = (
 )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_experts_learn_on_the_routes_that_vllm_took_and_trained_ones_agree_with_it(tmp_path: Path) -> None:
     """The policy is random and earns nothing, so an advantage is made up: what counts is that its weights move."""
     assert main(["train", *EXPERTS, "policy.init=random", f"run.root={tmp_path}"]) == 0
