@@ -110,6 +110,8 @@ class PolicyConfig:
     the name of another environment, for its shipped warm start."""
     dialect: str = "tiny"
     """"tiny" | "qwen3_5" | "chat_template" (the tokenizer's own)."""
+    thinking: bool = False
+    """The policy thinks before it speaks: its thought is sampled and trained, and is no part of its message."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

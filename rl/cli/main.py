@@ -102,7 +102,7 @@ def _train(args: Namespace) -> int:
     if configs[0].dry_run:
         print(resolved_yaml(configs[0]), end="")
         return 0
-    from rl.train import train
+    from rl.training import train
 
     return train(configs[0], sweep=json.loads(args.sweep) if args.sweep else None)
 
@@ -149,7 +149,7 @@ def _resume(args: Namespace) -> int:
     from rl.runs.usage import resolve_run
 
     folder = resolve_run(args.root, args.run)
-    from rl.train import resume
+    from rl.training import resume
 
     return resume(str(folder.path.absolute()), args.overrides, root=args.root)
 

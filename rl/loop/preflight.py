@@ -4,20 +4,23 @@ No torch is imported, so that `dry_run=true` and errors come at once.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from conf.checks import secret_values
 from conf.keys import ConfigError, nearest
 from conf.schema import PolicyConfig, TrainConfig
+from envs.base import AgentEnv
 from envs.declared import declared_timeouts
 from envs.registry import find_class
+from envs.tool import tool_names
 from policy.model.hybrid_config import PRESETS
 from policy.model.initial import initial_weights_file
 from policy.vllm.packages import VllmMissing, vllm_build
 from rl.algorithm.choice import choose
 from rl.monitor.tracker_packages import check_trackers
-from rollout.dialects.dialect import sees_images
+from rollout.dialects.dialect import make_dialect, sees_images
 
 
 def check_parts(config: TrainConfig, *, trains: bool = True) -> None:
@@ -36,6 +39,7 @@ def check_parts(config: TrainConfig, *, trains: bool = True) -> None:
         _check_levels(config, entry.id)
         _check_timeouts(config, entry.id)
         _check_images(entry.id, config.policy, key)
+    _check_dialect(config.policy, [find_class(entry.id) for entry in entries.values()])
     if config.policy.kind == "hybrid":
         _check_preset(config.policy.preset, config.policy.overrides)
     if trains or config.policy.init not in ("auto", "random"):
@@ -65,6 +69,18 @@ def _check_vllm(config: TrainConfig) -> None:
             f"engine.vllm.dtype={dtype}: vLLM's CPU build computes linear attention in bfloat16 alone. Allowed here: "
             "bfloat16"
         )
+
+
+def _check_dialect(policy: PolicyConfig, owners: Sequence[type[AgentEnv]]) -> None:
+    """A chat template is asked for a whole conversation now: what it loses is found out late or never."""
+    if policy.dialect != "chat_template" or not Path(policy.path, "tokenizer_config.json").is_file():
+        return
+    try:
+        dialect = make_dialect(policy)
+        if any(tool_names(owner) or owner.tools is not AgentEnv.tools for owner in owners):
+            dialect.check_tools()
+    except ValueError as error:
+        raise ConfigError(f"policy.dialect=chat_template, policy.path={policy.path!r}: {error}") from None
 
 
 def _check_environment(env_id: str, kwargs: Mapping[str, Any], level: int, key: str) -> None:

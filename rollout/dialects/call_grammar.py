@@ -1,7 +1,7 @@
 """Assistant turns of the text dialects: `<think>`, `<tool_call>`, and what stands inside a call.
 
-Two ways to write a call are read everywhere:
-    {"name": "add", "arguments": {"a": 2}}                                        (Hermes JSON)
+Ways to write a call that are read everywhere, between marks:
+    {"name": "add", "arguments": {"a": 2}}                  (Hermes JSON; "parameters" in place of "arguments": Llama)
     <function=add>\\n<parameter=a>\\n2\\n</parameter>\\n</function>               (Qwen XML; values are untyped text)
 Where a tokenizer has the marks as tokens only those tokens count: the same letters spelled out stay text, so that a
 policy which repeats a hostile tool result calls nothing.
@@ -19,6 +19,7 @@ from rollout.dialects.parsed_turn import ParsedTurn
 
 CALL, END_CALL, THINK, END_THINK = "<tool_call>", "</tool_call>", "<think>", "</think>"
 MARKS = (CALL, END_CALL, THINK, END_THINK)
+ARGUMENTS = ("arguments", "parameters")
 
 FUNCTION = re.compile(r"<function=([^>\n]+)>(.*)</function>", re.DOTALL)
 PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>(?=\s*(?:<parameter=|\Z))", re.DOTALL)
@@ -32,9 +33,17 @@ class Mark:
 
 
 def parse_turn(
-    tokenizer: Tokenizer, token_ids: Sequence[int], *, stop_token_ids: Sequence[int], starts_in_thought: bool = False
+    tokenizer: Tokenizer,
+    token_ids: Sequence[int],
+    *,
+    stop_token_ids: Sequence[int],
+    starts_in_thought: bool = False,
+    bare_calls: bool = False,
 ) -> ParsedTurn:
-    """Sampled ids as a message; reasoning is left out of it and white space around its text is dropped."""
+    """Sampled ids as a message; reasoning is left out of it and white space around its text is dropped.
+
+    `bare_calls`: a turn that is one JSON object with a "name" and its arguments, without marks, is a call.
+    """
     pieces = _after_thought(list(_pieces(tokenizer, token_ids, stop_token_ids)), starts_in_thought)
     text: list[str] = []
     calls: list[ToolCall] = []
@@ -56,7 +65,16 @@ def parse_turn(
             body = None
     if body is not None:
         calls.append(malformed(f"call was cut off before {END_CALL}"))
-    return ParsedTurn.of("".join(text).strip(), calls)
+    said = "".join(text).strip()
+    if bare_calls and not calls and said.startswith("{"):
+        call = parse_call(said, "0")
+        if call.error is None and _names_arguments(said):
+            return ParsedTurn.of("", [call])
+    return ParsedTurn.of(said, calls)
+
+
+def _names_arguments(body: str) -> bool:
+    return any(key in json.loads(body) for key in ARGUMENTS)
 
 
 def _pieces(tokenizer: Tokenizer, token_ids: Sequence[int], stops: Sequence[int]) -> Iterator[str | Mark]:
@@ -108,7 +126,7 @@ def _parse_json(body: str, call_id: str) -> ToolCall:
         json.dumps(call, ensure_ascii=False).encode()  # "\ud800" is valid JSON but no text: nothing could store it
     except (ValueError, RecursionError):
         return ToolCall(name="", call_id=call_id, error="call is not valid JSON")
-    name, arguments = call.get("name"), call.get("arguments", {})
+    name, arguments = call.get("name"), next((call[key] for key in ARGUMENTS if key in call), {})
     if not isinstance(name, str) or not name:
         return ToolCall(name="", call_id=call_id, error='call has no "name"')
     if not isinstance(arguments, dict):

@@ -56,6 +56,10 @@ class Dialect(Protocol):
         """An assistant message as a policy would sample it, stop token included."""
         ...
 
+    def check_tools(self) -> None:
+        """Raises `ValueError`, with the text that differs, where calls or results would not come back as they went in."""
+        ...
+
     def call_opening(self, name: str, tools: Sequence[ToolSpec]) -> list[int]:
         """The given ids behind which a turn is a call of the tool `name`, of any where it is "". Raises `ValueError`
         where this dialect cannot begin a turn so."""
@@ -81,9 +85,9 @@ def make_dialect(config: PolicyConfig) -> Dialect:
     if config.dialect == "qwen3_5":
         from rollout.dialects.qwen_dialect import QwenDialect
 
-        return QwenDialect.load(config.path, accepts_images=sees_images(config))
+        return QwenDialect.load(config.path, accepts_images=sees_images(config), thinking=config.thinking)
     if config.dialect == "chat_template":
         from rollout.dialects.template_dialect import TemplateDialect
 
-        return TemplateDialect.load(config.path)
+        return TemplateDialect.load(config.path, thinking=config.thinking)
     raise ValueError(f"unknown policy.dialect {config.dialect!r}; choose tiny, qwen3_5 or chat_template")

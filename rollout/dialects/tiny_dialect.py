@@ -54,6 +54,9 @@ class TinyDialect:
                 ids += [self._arg, *self.tokenizer.encode(value)]
         return [*ids, self._end]
 
+    def check_tools(self) -> None:
+        """Calls and results come back by construction; tests draw them."""
+
     def call_opening(self, name: str, tools: Sequence[ToolSpec]) -> list[int]:
         return [self._call, *self.tokenizer.encode(name)]
 

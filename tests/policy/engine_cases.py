@@ -67,8 +67,6 @@ class EngineCase:
     """The learner's model with the weights of a seed; None where logits mean nothing."""
     noise: tuple[float, float] = (1e-4, 1e-4)
     """Largest mean and largest difference of its logprobs to the learner's, and between two ways to the same ones."""
-    slow_to_start: bool = False
-    """An engine of it is kept from test to test."""
     exact: bool = True
     """One's company in a batch changes no token."""
 
@@ -120,7 +118,6 @@ def vllm_case(config: str, own: VllmConfig | None = None) -> EngineCase:
         tensors=lambda seed: dict(to_numpy_tensors(model_of(config, seed))),
         model=lambda seed: model_of(config, seed),
         noise=(0.03, 0.3),  # bfloat16; the learner replays the routes of experts
-        slow_to_start=True,
         exact=False,
     )
 

@@ -28,44 +28,20 @@ def in_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
 
     @functools.wraps(test)
     def run(**arguments: object) -> None:
-        _runner().run(asyncio.wait_for(test(**arguments), 240))
+        asyncio.run(asyncio.wait_for(test(**arguments), 240))
 
     return run
 
 
-@functools.cache
-def _runner() -> asyncio.Runner:
-    """One loop for all tests of this process: an engine that is kept between tests belongs to it."""
-    return asyncio.Runner()
-
-
-_kept: dict[int, Engine] = {}
-"""Engine of a case by the identity of the case. vLLM needs seconds to start, far more than a test of it."""
-
-
 @contextlib.asynccontextmanager
-async def serving(
-    case: EngineCase, *, seed: int = 0, fresh: bool = False, **arguments: object
-) -> AsyncIterator[Engine]:
-    """An engine that holds version 1. One that is slow to start is kept for the next test, unless this one fails or
-    wants it `fresh`: because it counts from the start, or ends or breaks the engine."""
-    keeps = case.slow_to_start and not fresh and not arguments
-    engine = (_kept.pop(id(case), None) if keeps else None) or case.make(**arguments)
+async def serving(case: EngineCase, *, seed: int = 0, **arguments: object) -> AsyncIterator[Engine]:
+    """An engine that holds version 1. Each has an engine of its own: vLLM's share their process's parallel groups."""
+    engine = case.make(**arguments)
     try:
         await engine.load_weights(case.snapshot(1, seed=seed))
         yield engine
-        if keeps:
-            _kept[id(case)] = engine
     finally:  # processes of its own would stay until the last test has ended
-        if _kept.get(id(case)) is not engine:
-            await engine.close()
-
-
-def close_kept() -> None:
-    """End the engines that are kept between tests."""
-    while _kept:
-        _, engine = _kept.popitem()
-        _runner().run(engine.close())
+        await engine.close()
 
 
 request_ids = itertools.count()

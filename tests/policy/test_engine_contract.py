@@ -183,7 +183,7 @@ async def test_a_caller_that_goes_away_frees_its_place(case: EngineCase) -> None
 @every_engine
 @in_loop
 async def test_closing_ends_what_runs_and_refuses_what_comes(case: EngineCase) -> None:
-    async with serving(case, fresh=True) as engine:
+    async with serving(case) as engine:
         busy = [asyncio.create_task(engine.generate(ask([i], max_tokens=MAX_TOKENS))) for i in range(12)]
         await until(lambda: engine.stats().sampled_tokens >= 2)
         await engine.close()
@@ -199,7 +199,7 @@ async def test_closing_ends_what_runs_and_refuses_what_comes(case: EngineCase) -
 @every_engine
 @in_loop
 async def test_closing_ends_weights_that_are_on_their_way(case: EngineCase) -> None:
-    async with serving(case, fresh=True) as engine:
+    async with serving(case) as engine:
         loading = [asyncio.create_task(engine.load_weights(case.snapshot(version))) for version in (2, 3)]
         await asyncio.sleep(0)  # let them start
         await engine.close()

@@ -37,7 +37,7 @@ needs = pytest.mark.skipif(vllm_build() is None, reason="needs the vLLM extra")
 @in_loop
 async def test_a_core_of_its_own_swaps_under_a_request_keeps_routes_and_its_end_is_an_engine_error() -> None:
     case = VLLM["vllm-core-moe"]
-    async with serving(case, fresh=True) as engine:
+    async with serving(case) as engine:
         request = ask(random_prompt(9), max_tokens=MAX_TOKENS)
         running = asyncio.create_task(engine.generate(request))
         await until(lambda: engine.stats().sampled_tokens >= 5)
@@ -97,7 +97,7 @@ async def test_a_core_that_hangs_is_ended_and_its_engine_with_it(what: str) -> N
 @in_loop
 async def test_two_ranks_hold_their_halves_of_each_update_and_answer_as_the_learner_does() -> None:
     case = VLLM["vllm-two-ranks"]
-    async with serving(case, fresh=True) as engine:
+    async with serving(case) as engine:
         for version in range(2, 5):
             await engine.load_weights(case.snapshot(version, seed=version % 3))  # each compared by both ranks
         request = ask(random_prompt(20), max_tokens=40)
@@ -118,7 +118,7 @@ async def test_weights_by_broadcast_are_those_by_file_and_what_does_not_arrive_l
 ) -> None:
     case, prompt = VLLM[name], random_prompt(12)
     sender = WeightSender("127.0.0.1", keep=2)
-    async with serving(case, fresh=True) as engine:
+    async with serving(case) as engine:
 
         async def greedy() -> tuple[list[int], list[float], set[int]]:
             completion = await engine.generate(ask(prompt, max_tokens=30, temperature=0.0))

@@ -53,7 +53,7 @@ async def test_weights_that_went_wrong_inside_vllm_are_caught_and_the_old_ones_s
     name: str, sabotaged: Callable[..., None], message: str
 ) -> None:
     case = VLLM[name]
-    async with serving(case, fresh=True) as engine:
+    async with serving(case) as engine:
         request = ask(random_prompt(9), max_tokens=20, temperature=0.0)
         before = await engine.generate(request)
         loads = iter([sabotaged])
@@ -71,7 +71,7 @@ async def test_weights_that_went_wrong_inside_vllm_are_caught_and_the_old_ones_s
 @in_loop
 async def test_after_a_broadcast_that_went_wrong_inside_vllm_the_old_version_is_pulled_again(case: EngineCase) -> None:
     sender = WeightSender("127.0.0.1", keep=2)
-    async with serving(case, fresh=True) as engine:
+    async with serving(case) as engine:
         await engine.load_weights(sender.offer(case.snapshot(2, seed=1)))
         request = ask(random_prompt(9), max_tokens=20, temperature=0.0)
         before = await engine.generate(request)
@@ -89,7 +89,7 @@ async def test_after_a_broadcast_that_went_wrong_inside_vllm_the_old_version_is_
 @pytest.mark.parametrize("case", VLLM_PARAMETERS[:1])
 @in_loop
 async def test_an_engine_that_cannot_go_back_serves_nothing_any_more(case: EngineCase) -> None:
-    async with serving(case, fresh=True) as engine:
+    async with serving(case) as engine:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(rank_extension, "load", nudge("A_log"))
             with pytest.raises(EngineClosed, match="cannot go back to policy version 1"):
@@ -113,7 +113,7 @@ CORE_WITH_CACHE = vllm_case("vllm-dense", VllmConfig(prefix_cache=True, process=
 @in_loop
 async def test_a_swap_that_keeps_states_shares_none_of_them_with_what_has_sampled_nothing_yet(case: EngineCase) -> None:
     prompt = random_prompt(300)  # a block on a CPU: 256
-    async with serving(case, fresh=True, max_model_tokens=400) as engine:
+    async with serving(case, max_model_tokens=400) as engine:
         before = [await engine.generate(ask(prompt, max_tokens=8)) for _ in range(2)]
         assert before[0].cached_tokens == 0 < before[1].cached_tokens
         busy = [asyncio.create_task(engine.generate(ask([i], max_tokens=250))) for i in range(MAX_RUNNING)]
@@ -135,11 +135,11 @@ async def test_a_swap_that_keeps_states_shares_none_of_them_with_what_has_sample
 @in_loop
 async def test_after_fifty_updates_an_engine_is_exactly_a_fresh_one(case: EngineCase) -> None:
     requests = [ask(random_prompt(5 + 7 * i), max_tokens=30, temperature=0.0) for i in range(4)]
-    async with serving(case, fresh=True) as engine:
+    async with serving(case) as engine:
         for version in range(2, 52):
             await engine.load_weights(case.snapshot(version, seed=version % 5))
         worn = [await engine.generate(request) for request in requests]
-    async with serving(case, fresh=True, seed=51 % 5) as engine:
+    async with serving(case, seed=51 % 5) as engine:
         fresh = [await engine.generate(request) for request in requests]
     for one, other in zip(worn, fresh, strict=True):
         assert one.token_ids.tolist() == other.token_ids.tolist()

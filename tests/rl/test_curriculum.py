@@ -23,7 +23,7 @@ from policy.model.tokenizer import ByteTokenizer
 from rl.cli.main import main
 from rl.loop.tasks import evaluation_levels, task_entries
 from rl.runs.checkpoint import load_latest
-from rl.train import catch_up
+from rl.training import catch_up
 from rollout.dialects.dialect import make_dialect
 from rollout.record.ledger import Ledger, read_audit
 from rollout.record.trajectory import StopReason

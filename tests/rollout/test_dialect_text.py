@@ -9,7 +9,7 @@ from policy.model.tokenizer import HfTokenizer
 from rollout.dialects.call_grammar import parse_call
 from rollout.dialects.control_text import ControlText
 from rollout.dialects.qwen_dialect import CALL_INSTRUCTIONS, QwenDialect
-from rollout.dialects.template_dialect import TemplateDialect, plain, tool_json
+from rollout.dialects.template_dialect import TemplateDialect, plain
 from tests.rollout.fakes_episode import ADD, CHATML, chatml_tokenizer, tool_message
 
 HF = HfTokenizer(chatml_tokenizer())
@@ -117,9 +117,9 @@ def test_each_mark_is_read_from_text_only_where_it_has_no_token_of_its_own() -> 
 def test_template_prompts_equal_apply_chat_template() -> None:
     messages = [Message.system("S"), Message.user(" u\n"), Message.assistant("t", CALLS), tool_message("3")]
     want = HF.hf.apply_chat_template(
-        [plain(message) for message in messages], tools=[tool_json(ADD)], add_generation_prompt=True, return_dict=False
+        [plain(message) for message in messages], add_generation_prompt=True, return_dict=False
     )
-    assert TEMPLATE.prompt(messages, [ADD]) == want
+    assert TEMPLATE.prompt(messages, []) == want
 
 
 def test_template_completions_and_replies_are_cut_behind_the_stop_token() -> None:
@@ -151,7 +151,7 @@ def test_a_template_that_rewrites_history_still_only_appends() -> None:
 @pytest.mark.parametrize(
     ("template", "match"),
     [
-        ("{{ messages[0].content }}", "does not show assistant turns"),
+        ("{{ messages[0].content }}", "ends assistant turns with none of the stop tokens"),
         ("{%- for m in messages %}{{ m.content }}{%- endfor %}", "ends assistant turns with none of the stop tokens"),
         ("{{ raise_exception('no thanks') }}", "the chat template refuses this conversation: no thanks"),
         ("", "no chat template"),
