@@ -57,7 +57,7 @@ class Dialect(Protocol):
         ...
 
     def check_tools(self) -> None:
-        """Raises `ValueError`, with the text that differs, where calls or results would not come back as they went in."""
+        """Raises `ValueError`, with the text that differs, where calls or results do not come back as they went in."""
         ...
 
     def call_opening(self, name: str, tools: Sequence[ToolSpec]) -> list[int]:
