@@ -41,7 +41,7 @@ def text_problem(dialect: Spoken) -> str:
         return str(error)
 
 
-def tool_problem(dialect: Spoken) -> str:
+def tool_problem(dialect: Spoken, *, names_tools: bool = True) -> str:
     """What differs of calls and their results; "" where nothing does. Two calls in a turn may be refused."""
     tools = (PROBE,)
     try:
@@ -52,7 +52,7 @@ def tool_problem(dialect: Spoken) -> str:
         told = _shown(dialect, Message.tool(ToolResult(call_id="0", name="lookup", content=RESULT)), tools)
         if told:
             return told
-        if "lookup" not in dialect.tokenizer.decode(dialect.prompt([Message.user("?")], tools)):
+        if names_tools and "lookup" not in dialect.tokenizer.decode(dialect.prompt([Message.user("?")], tools)):
             return "the prompt does not name the tool 'lookup'"
     except ValueError as error:
         return str(error)

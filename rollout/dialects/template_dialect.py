@@ -34,6 +34,8 @@ You may call one or more of these functions:
 A call is written like this:
 {call}"""
 """Written into the system message where the template shows no tools."""
+HIDES_TOOLS = "tools: not shown"
+"""A template whose comment says so means to show none: its model was taught them by examples."""
 EXAMPLE = ToolCall(name="function_name", arguments={"argument": "value"}, call_id="0")
 
 
@@ -58,8 +60,9 @@ class TemplateDialect:
         self._control = ControlText(tokenizer)
         header = self._render([QUERY], [], header=True)
         self._opens_thought = header.rstrip().endswith(THINK)
-        self.own_tools = header == self._render([QUERY], [PROBE], header=True)
-        """The template shows no tools: they stand in the system message."""
+        shows_none = HIDES_TOOLS in str(tokenizer.hf.chat_template)
+        self.own_tools = not shows_none and header == self._render([QUERY], [PROBE], header=True)
+        """The template shows no tools, and does not say that it means so: they stand in the system message."""
         self._own_calls = False
         before = self._before_name()
         self._own_calls = before is not None and not before
@@ -67,7 +70,7 @@ class TemplateDialect:
         self._bare_calls = bool(before) and before.lstrip().startswith("{")
         if problem := text_problem(self):
             raise ValueError(f"this chat template cannot be trained with: {problem}; choose another policy.dialect")
-        self._tool_problem = tool_problem(self)
+        self._tool_problem = tool_problem(self, names_tools=not shows_none)
 
     @staticmethod
     def load(folder: str | Path, *, thinking: bool = False) -> "TemplateDialect":

@@ -17,6 +17,7 @@ from rollout.record.ledger import read_audit
 from rollout.record.recorder import TrajectoryReader
 
 TEMPLATE = (
+    "{#- tools: not shown -#}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
     "{% for c in m.tool_calls or [] %}<tool_call>"
     "{{ {'name': c.function.name, 'arguments': c.function.arguments} | tojson }}"

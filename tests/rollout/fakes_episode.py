@@ -112,6 +112,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>"]
 ADDED = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
 
 CHATML = (
+    "{#- tools: not shown -#}"
     "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.content }}"
     "{%- for c in m.tool_calls or [] %}"
     '{{- \'<tool_call>\\n{"name": "\' + c.function.name + \'", "arguments": \' + c.function.arguments | tojson }}'
