@@ -101,6 +101,8 @@ def wanted(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
         return " or ".join(texts)[:_SHOWN_CHARS] if all(texts) else ""
     kind = schema.get("type")
     bounds = [f"{words} {schema[name]}" for name, words in BOUNDS.items() if name in schema]
+    if "minimum" in schema and "maximum" in schema:  # short: a policy pays for each word
+        bounds = [f"{schema['minimum']} to {schema['maximum']}"]
     return f"{kind} {' and '.join(bounds)}".strip()[:_SHOWN_CHARS] if isinstance(kind, str) else ""
 
 
