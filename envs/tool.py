@@ -133,11 +133,12 @@ def _read_once(function: Callable[..., Any], is_method: bool) -> Tool:
         key = _Signature.of(function, is_method)
     except TypeError:
         return _read(function, is_method)
-    if key not in _READ:
+    found = _READ.get(key)  # environments share this between threads: another may clear it at any time
+    if found is None:
         if len(_READ) >= _MAX_READ:
             _READ.clear()
-        _READ[key] = _read(function, is_method)
-    return _READ[key]
+        found = _READ[key] = _read(function, is_method)
+    return found
 
 
 def _read(function: Callable[..., Any], is_method: bool) -> Tool:

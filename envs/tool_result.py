@@ -13,9 +13,9 @@ def as_content(value: Any) -> tuple[str, tuple[ImagePart, ...]]:
     """Text as it is, images as images, the rest as compact JSON.
 
     JSON as pydantic writes it: models and dataclasses as objects, enums by value, dates in ISO 8601, bytes as text; of
-    numpy and torch scalars and arrays the plain numbers; sets in order. Raises MalformedEnvironment for an object
-    without a JSON form: its memory address would differ in every replay. A list or tuple that holds an image is shown
-    item by item, its texts one a line.
+    numpy and torch scalars and arrays the plain numbers; sets in order, but for those inside models and dataclasses.
+    Raises MalformedEnvironment for an object without a JSON form: its memory address would differ in every replay. A
+    list or tuple that holds an image is shown item by item, its texts one a line.
 
     Example: as_content({"when": date(2026, 12, 1)}) -> ('{"when":"2026-12-01"}', ())
     """
@@ -48,9 +48,11 @@ def _plain(value: Any) -> Any:
 
 
 def _in_order(value: Any) -> Any:
-    """Sets as sorted lists: their own order differs between processes."""
+    """Sets as sorted lists, whose own order differs between processes; texts that can be encoded."""
     if isinstance(value, set | frozenset):
         return sorted((_in_order(item) for item in value), key=lambda item: to_json(item, fallback=_plain))
     if isinstance(value, dict):
         return {name: _in_order(item) for name, item in value.items()}
-    return [_in_order(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, str) and type(value) is str:
+        return value.encode("utf-8", "replace").decode()  # half a surrogate pair is no text: nothing could store it
+    return [_in_order(item) for item in value] if isinstance(value, list | tuple) else value

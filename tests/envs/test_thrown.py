@@ -291,9 +291,13 @@ def test_boxing_lets_a_cancellation_from_outside_through() -> None:
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("name", sorted(name for name in reserved_names() if not name.startswith("__")))
+OWN = sorted(name for name in reserved_names() - {"task", "reward"} if not name.startswith("__"))
+
+
+@pytest.mark.parametrize("name", OWN)
 def test_a_tool_may_not_take_the_name_of_an_attribute_of_every_environment(name: str) -> None:
-    """B3: `score` would escape the pool, `close` would replace the cleanup."""
+    """B3: `score` would escape the pool, `close` would replace the cleanup. With `task` or `reward` as a tool a class
+    lacks the method, and is refused for that."""
 
     def plain(self: AgentEnv, x: int) -> str:
         """A tool."""
@@ -301,8 +305,6 @@ def test_a_tool_may_not_take_the_name_of_an_attribute_of_every_environment(name:
 
     plain.__name__ = name
     members = {"task": lambda self, rng, level: "?", "reward": lambda self, answer: 1.0}
-    if name in members:
-        return  # replaced by the tool, the class has no such method and is refused for that
     owner = type("Clashing", (AgentEnv,), members | {name: tool(plain)})
     with pytest.raises(MalformedEnvironment, match=f"cannot be called '{name}'.*rename the method, for example do_"):
         check_class("Clashing-v0", owner)

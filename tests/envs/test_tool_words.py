@@ -86,6 +86,8 @@ class Point:
         ({"a": np.array([1, 2])}, '{"a":[1,2]}'),
         ({"b", "a", "c"}, '["a","b","c"]'),
         (b"raw", "raw"),
+        ({"a": "\ud800"}, '{"a":"?"}'),
+        (({"b", "a"}, 1), '[["a","b"],1]'),
     ],
 )
 def test_results_are_compact_json_whatever_their_type(value: Any, text: str) -> None:  # faults C2

@@ -24,9 +24,17 @@ Lead = Callable[[openai.AsyncOpenAI, httpx.AsyncClient, dict], Awaitable[None]]
 
 
 def serve_one(
-    lead: Lead, *, deadline_s: float = 30.0, engine_kind: str = "local", temperature: float = 1.0
+    lead: Lead,
+    *,
+    deadline_s: float = 30.0,
+    engine_kind: str = "local",
+    temperature: float = 1.0,
+    on_request: Callable[[], object] = lambda: None,
 ) -> tuple[list[Trajectory], list[Completion]]:
-    """One session on a calculator task, led by `lead`; its trajectories and all that the engine sampled."""
+    """One session on a calculator task, led by `lead`; its trajectories and all that the engine sampled.
+
+    `on_request` is called when the engine is asked.
+    """
 
     async def run() -> tuple[list[Trajectory], list[Completion]]:
         config = load_config(["env=calculator", "cluster=inprocess", f"engine={engine_kind}"])
@@ -35,6 +43,7 @@ def serve_one(
         generate = engine.generate
 
         async def collect(request: GenerationRequest) -> Completion:
+            on_request()
             sampled.append(await generate(request))
             return sampled[-1]
 

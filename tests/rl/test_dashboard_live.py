@@ -38,7 +38,7 @@ FIRST_STEPS = 60 if os.environ.get("SHOAL_SCREENSHOTS") else 2
 """Before anybody looks: pictures show a curve."""
 STOPPED = 130
 """Exit code of a run that Ctrl-C ended after a whole step."""
-LATE_S = 5.0
+LATE_S = 2.0
 """A metric is on the page this long after it was written, at most."""
 POINTS = "Number(document.querySelector(\"[data-keys^='reward/mean']\")?.dataset.points || 0)"
 READY = "document.getElementById('view').dataset.ready === (location.hash || '#/')"

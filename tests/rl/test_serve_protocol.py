@@ -47,17 +47,18 @@ def test_a_retry_gets_the_stored_answer_and_an_equal_request_sent_on_purpose_is_
 
 def test_a_stream_that_broke_is_answered_again_without_sampling() -> None:  # faults H2
     ids: list[str] = []
+    asked = asyncio.Event()
 
     async def lead(client: openai.AsyncOpenAI, http: httpx.AsyncClient, session: dict) -> None:
         url = f"/sessions/{session['session_id']}/v1/chat/completions"
         broken = asyncio.create_task(http.post(url, json=ASK))
-        await asyncio.sleep(0.002)
+        await asyncio.wait_for(asked.wait(), 20)
         broken.cancel()
         await asyncio.sleep(0.5)
         ids.append((await http.post(url, json=ASK)).json()["id"])
         await http.delete(f"/v1/sessions/{session['session_id']}")
 
-    _, sampled = serve_one(lead)
+    _, sampled = serve_one(lead, on_request=asked.set)
     assert len(ids) == 1 and len(sampled) == 1
 
 
