@@ -3,7 +3,7 @@
 import importlib.metadata
 import importlib.util
 import os
-from typing import Literal
+from typing import Any, Literal
 
 from policy.import_guard import mend_imports
 
@@ -60,7 +60,6 @@ def vllm_build() -> Literal["cpu", "gpu"] | None:
 def import_vllm() -> str:
     """Prepare and really import it (8 s and more); its version. Raises `VllmMissing`, or whatever the import raises."""
     prepare()
-    import vllm  # pyright: ignore[reportMissingImports]  (an extra)
-
+    vllm: Any = importlib.import_module("vllm")  # an extra; where it is missing, pyright takes this folder for it
     vllm.LLM  # noqa: B018  (vLLM imports its parts when they are first named)
     return vllm.__version__

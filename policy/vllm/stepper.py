@@ -104,7 +104,7 @@ class VllmStepper:
         self._submit(ticket)
 
     def _submit(self, ticket: Ticket) -> None:
-        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
         from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
 
         spec = ticket.request.sampling
