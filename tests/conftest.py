@@ -1,6 +1,7 @@
 """What every test runs under."""
 
 import os
+import secrets
 import shutil
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -45,6 +46,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_configure() -> None:
     """Before torch, ray and wandb are imported: one thread each, nothing sent anywhere, nothing asked."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Ray reads both once a process, at its first import: whichever test comes first, all of them use one token
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ["WANDB_MODE"] = "offline"
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["HF_HUB_OFFLINE"] = "1"
